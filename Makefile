@@ -1,0 +1,44 @@
+# `make demo` and `make test` work on a bare machine with Python 3.11+, g++, git and make.
+#   make demo               set up, then run the whole pipeline on the embedded demo
+#   make test               set up, then every test
+#   make check              lint, types and the fast tests
+#   make VARIANT=cuda ...   choose the extra yourself: cpu or cuda (default: cuda where nvidia-smi sees a GPU)
+
+PYTHON ?= python3
+VARIANT ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.set-up-$(VARIANT)
+# DVC and DeepSpeed start `python` and `ninja` by name.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test fast lint types check setup clean
+.DEFAULT_GOAL := demo
+
+setup: $(SETUP)
+
+$(SETUP): pyproject.toml setup.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) sh setup.sh $(VARIANT)
+	touch $@
+
+demo: setup
+	dvc repro
+	@echo "Open report/index.html"
+
+test: setup
+	python -m pytest
+
+fast: setup
+	python -m pytest -m "not slow"
+
+lint: setup
+	ruff check .
+	ruff format --check .
+
+types: setup
+	mypy
+
+check: lint types fast
+
+clean:
+	rm -rf $(VENV) .refcache data/prepared data/reference models results report

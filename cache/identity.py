@@ -1,0 +1,86 @@
+"""Which reference a stored log-prob belongs to: everything that determines the numbers, and nothing else."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from cache.errors import CacheCorrupt, CacheMismatch
+
+SHOWN = 12  # characters of a digest in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceIdentity:
+    """What determines a reference's log-probs. Paths, seeds, learning rates and objectives are deliberately absent.
+
+    weights, config: hex digests of the content of the weight files and of the model's config; adapter: likewise of a
+    LoRA adapter, or None; dtype: the engine's compute type ("float32"); quantization: its name, or None; engine and
+    engine_version: who computed ("vllm", "0.32.0").
+    """
+
+    weights: str
+    config: str
+    adapter: str | None
+    dtype: str
+    quantization: str | None
+    engine: str
+    engine_version: str
+
+    @property
+    def reference_id(self) -> str:
+        """32 hex characters; equal exactly when all fields are equal."""
+        return identity_digest(self.to_dict())
+
+    def to_dict(self) -> dict[str, str | None]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Unknown fields raise CacheMismatch, absent or malformed ones CacheCorrupt."""
+        names = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(names)):
+            raise CacheMismatch(f"the identity has the fields {unknown}, unknown to this version; upgrade refcache")
+        wrong = [name for name in names if name not in values or not isinstance(values[name], str | None)]
+        if wrong:
+            raise CacheCorrupt(f"the identity lacks {wrong}, or they are neither text nor null")
+        return cls(**values)
+
+    def differences(self, other: "ReferenceIdentity") -> dict[str, tuple[str | None, str | None]]:
+        """{field: (mine, other's)} of the fields that differ, in the order of declaration."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+
+def identity_digest(identity: Mapping[str, Any]) -> str:
+    """Digest of an identity in canonical JSON, 32 hex characters.
+
+    Null fields are left out, so that an optional field added later does not rename every reference that lacks it.
+    """
+    present = {name: value for name, value in identity.items() if value is not None}
+    canonical = json.dumps(present, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.blake2b(canonical.encode(), digest_size=16, person=b"refcache").hexdigest()
+
+
+def require_identity(path: Path, found: ReferenceIdentity, expected: ReferenceIdentity) -> None:
+    """Raise CacheMismatch, naming each differing field with both values, unless the identities are equal."""
+    differences = found.differences(expected)
+    if not differences:
+        return
+    lines = [
+        f"  {name}: found {_short(mine)}, expected {_short(theirs)}" for name, (mine, theirs) in differences.items()
+    ]
+    raise CacheMismatch(
+        f"{path} holds the log-probs of another reference:\n" + "\n".join(lines) + "\n"
+        "Rewards would be measured against a model that the policy did not start from. "
+        "Run `dvc repro score`, or point the parameters back at the reference that was scored."
+    )
+
+
+def _short(value: str | None) -> str:
+    if value is None:
+        return "none"
+    is_digest = len(value) > SHOWN and all(c in "0123456789abcdef" for c in value)
+    return value[:SHOWN] if is_digest else value

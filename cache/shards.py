@@ -1,0 +1,110 @@
+"""From rows to Parquet files: which row goes into which shard, and what its bytes are. Pure functions of the rows."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cache.durable import partial_of, sync_file
+from cache.identity import identity_digest
+from cache.manifest import Shard, file_digest
+from cache.schema import FORMAT_VERSION, KEY_COLUMN, METADATA_KEY, ROW_GROUP_ROWS, Kind, conform, parquet_options
+
+SHARD_ROWS = 50_000  # at most, on average: some 100 MB of 500-token responses
+
+
+def partition_bits(n_rows: int) -> int:
+    """Log2 of the number of shards: the smallest with at most SHARD_ROWS rows a shard; a function of `n_rows` alone."""
+    bits = 0
+    while n_rows > SHARD_ROWS << bits:
+        bits += 1
+    return bits
+
+
+def partitions(rows: pa.Table) -> Iterator[tuple[int, pa.Table]]:
+    """(partition, its rows) in order: partition p holds the keys whose leading bits are p; empty ones are left out."""
+    bits = partition_bits(rows.num_rows)
+    numbers = partition_numbers(key_words(rows[KEY_COLUMN]), bits)
+    for number in range(1 << bits):
+        # Filter before sorting: a take over the whole table would copy it, and overflow the offsets of its lists.
+        part = rows.filter(pa.array(numbers == number))
+        if part.num_rows:
+            yield number, part
+
+
+def partition_numbers(words: npt.NDArray[np.uint64], bits: int) -> npt.NDArray[np.uint64]:
+    """The leading `bits` bits of each key, (n,)."""
+    # A shift by 64 is undefined, hence the special case.
+    return words[:, 0] >> np.uint64(64 - bits) if bits else np.zeros(len(words), dtype=np.uint64)
+
+
+def key_words(keys: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+    """Keys, binary(16), as (n, 2) numbers whose order is the byte order of the keys."""
+    raw = [
+        np.frombuffer(c.buffers()[1], dtype=">u8", count=2 * len(c), offset=16 * c.offset)
+        for c in keys.chunks
+        if len(c)
+    ]
+    return np.concatenate(raw).reshape(-1, 2).astype(np.uint64) if raw else np.empty((0, 2), dtype=np.uint64)
+
+
+def write_shard(folder: Path, number: int, rows: pa.Table, kind: Kind, identity: dict[str, Any]) -> tuple[Path, Shard]:
+    """Write one partition's rows, sorted by key, under a provisional name; returns that path and its manifest entry.
+
+    The same rows and identity give the same bytes, for one version of pyarrow. Raises CacheError for rows that must
+    not be stored and ValueError for a repeated key.
+    """
+    rows = _sorted(conform(rows, kind)).replace_schema_metadata(shard_metadata(kind, identity))
+    kind.check(rows)
+    partial = partial_of(folder / f"{kind.name}-{number:05d}")
+    options = parquet_options(kind) | {"sorting_columns": [pq.SortingColumn(0)]}
+    with pq.ParquetWriter(partial, rows.schema, **options) as writer:
+        writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
+    sync_file(partial)
+    digest = file_digest(partial)
+    tokens = int(rows["n_tokens"].to_numpy().sum(dtype=np.int64)) if "n_tokens" in rows.column_names else 0
+    shard = Shard(
+        file=f"{kind.name}-{number:05d}-{digest[:32]}.parquet",
+        rows=rows.num_rows,
+        tokens=tokens,
+        bytes=partial.stat().st_size,
+        blake2b=digest,
+    )
+    return partial, shard
+
+
+def shard_metadata(kind: Kind, identity: dict[str, Any]) -> dict[bytes, bytes]:
+    """What every shard says about itself, so that it can be judged without the manifest."""
+    content = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind.name,
+        "identity": identity,
+        "reference_id": identity_digest(identity),
+    }
+    return {METADATA_KEY: json.dumps(content, sort_keys=True, ensure_ascii=True).encode()}
+
+
+def read_shard_metadata(schema: pa.Schema) -> dict[str, Any]:
+    """The inverse of `shard_metadata`; empty when the file carries none that can be read."""
+    try:
+        content = json.loads((schema.metadata or {})[METADATA_KEY])
+    except (KeyError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _sorted(rows: pa.Table) -> pa.Table:
+    words = key_words(rows[KEY_COLUMN])
+    order = np.lexsort((words[:, 1], words[:, 0]))
+    words = words[order]
+    repeated = np.flatnonzero((words[1:] == words[:-1]).all(axis=1))
+    if len(repeated):
+        key = rows[KEY_COLUMN][int(order[repeated[0]])].as_py().hex()
+        raise ValueError(f"response {key} was given twice ({len(repeated)} such rows); each response is stored once")
+    # One chunk, or the bytes of the file would depend on how the rows happened to be chunked.
+    return rows.take(pa.array(order)).combine_chunks()

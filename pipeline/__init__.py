@@ -1,0 +1,1 @@
+"""The computations of the two phases, one module per idea."""

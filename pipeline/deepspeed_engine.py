@@ -1,0 +1,145 @@
+"""The only module that imports DeepSpeed: engine, collectives, checkpoints, gathered weights."""
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from torch import Tensor, nn
+
+from pipeline.params import LoopParams
+
+
+class Engine:
+    """A DeepSpeed engine around a module, reduced to what the loop needs. One per rank."""
+
+    def __init__(self, module: nn.Module, loop: LoopParams, *, micro_steps: int) -> None:
+        """micro_steps: backward passes per optimizer step on each rank."""
+        init_distributed()
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.partial = any(not p.requires_grad for p in module.parameters())
+        trained = [p for p in module.parameters() if p.requires_grad]
+        self.engine, *_ = deepspeed.initialize(
+            model=module, model_parameters=trained, config=_config(loop, micro_steps, self.ranks)
+        )
+        self.device = self.engine.device
+        self._loss_scale = micro_steps * self.ranks
+        self._plain_optimizer = loop.zero_stage == 0 and loop.dtype == "float32"
+        self._grad_norm = 0.0
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        return self.engine(*args)
+
+    def backward(self, loss: Tensor) -> None:
+        """loss: this micro-batch's share of the batch loss; shares of all ranks and micro-batches add up to it."""
+        # DeepSpeed averages over micro-batches and ranks; we want the sum.
+        self.engine.backward(loss * self._loss_scale)
+
+    def step(self) -> None:
+        """Count one micro-batch; on the last of a batch, clip and update."""
+        if self._plain_optimizer and self.engine.is_gradient_accumulation_boundary():
+            # Already summed over ranks. DeepSpeed clips plain float32 gradients without keeping their norm.
+            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        self.engine.step()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last update, before clipping."""
+        return self._grad_norm if self._plain_optimizer else float(self.engine.get_global_grad_norm())
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        dist.all_reduce(values)
+        return values
+
+    def save_checkpoint(self, folder: Path, step: int) -> None:
+        """Write a checkpoint; it counts only once its marker, written last, is there."""
+        tag = f"step-{step:08d}"
+        self.engine.save_checkpoint(
+            str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=self.partial, client_state={"step": step}
+        )
+        dist.barrier()
+        if self.rank == 0:
+            (folder / f"{tag}.complete").touch()
+        dist.barrier()
+
+    def load_newest_checkpoint(self, folder: Path) -> int:
+        """Restore the newest complete checkpoint; returns its step, 0 if there is none."""
+        steps = complete_checkpoints(folder)
+        if not steps:
+            return 0
+        self.engine.load_checkpoint(
+            str(folder),
+            tag=f"step-{steps[-1]:08d}",
+            load_module_strict=not self.partial,
+            load_lr_scheduler_states=False,
+        )
+        return steps[-1]
+
+    def prune_checkpoints(self, folder: Path, keep: int) -> None:
+        if self.rank == 0:
+            for step in complete_checkpoints(folder)[:-keep]:
+                (folder / f"step-{step:08d}.complete").unlink()
+                shutil.rmtree(folder / f"step-{step:08d}")
+
+    def gathered_state(self, module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
+        """Full weights by parameter name on rank 0 (empty elsewhere), one parameter at a time under ZeRO-3."""
+        state = {}
+        for name, parameter in module.named_parameters():
+            if trained_only and not parameter.requires_grad:
+                continue
+            with _whole(parameter):
+                if self.rank == 0:
+                    state[name] = parameter.detach().cpu().clone().contiguous()
+        return state
+
+
+def init_distributed() -> None:
+    # gloo on CPU: DeepSpeed's own CPU backend wants oneCCL.
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+
+
+def complete_checkpoints(folder: Path) -> list[int]:
+    """Steps whose checkpoint is complete, oldest first."""
+    return sorted(int(marker.stem.removeprefix("step-")) for marker in folder.glob("step-*.complete"))
+
+
+def _whole(parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
+    if hasattr(parameter, "ds_id"):
+        return deepspeed.zero.GatheredParameters([parameter])
+    return contextlib.nullcontext()
+
+
+def _config(loop: LoopParams, micro_steps: int, ranks: int) -> dict[str, Any]:
+    # Without offload, torch's own AdamW: DeepSpeed's kernels would be compiled on first use, and need nvcc on GPUs.
+    adamw = {
+        "lr": loop.learning_rate,
+        "betas": loop.adam_betas,
+        "eps": loop.adam_epsilon,
+        "weight_decay": loop.weight_decay,
+        "torch_adam": not loop.optimizer_offload or not torch.cuda.is_available(),
+    }
+    # Without ZeRO, DeepSpeed has no float32 master weights beside bf16 ones; its stage 1 has, also on one rank.
+    zero: dict[str, Any] = {"stage": max(1, loop.zero_stage) if loop.dtype == "bfloat16" else loop.zero_stage}
+    if loop.optimizer_offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    micro_size = loop.batch_size // (micro_steps * ranks) or 1
+    return {
+        # DeepSpeed checks train = micro * accumulation * ranks; our micro-batches may be uneven, so nominal.
+        "train_micro_batch_size_per_gpu": micro_size,
+        "gradient_accumulation_steps": micro_steps,
+        "train_batch_size": micro_size * micro_steps * ranks,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # or it insists on its compiled Adam
+        "gradient_clipping": loop.max_grad_norm,
+        "optimizer": {"type": "AdamW", "params": adamw},
+        "bf16": {"enabled": loop.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 10**9,
+    }

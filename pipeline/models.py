@@ -1,0 +1,95 @@
+"""Build, load and save causal language models as transformers folders."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from pipeline.errors import RequestError
+from pipeline.logps import causal_model
+from pipeline.params import ModelParams, ScratchModel
+
+
+def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """The model that sft starts from, float32: a hub or local model, or random weights of the tokenizer's size."""
+    if params.scratch is not None:
+        return _from_scratch(params.scratch, tokenizer)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            params.name, revision=params.revision, trust_remote_code=params.trust_remote_code, dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise RequestError(f"model.name {params.name!r} can't be loaded: {error}") from None
+    size = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > size:
+        raise RequestError(
+            f"model.name {params.name!r} has {size} embeddings, its tokenizer {len(tokenizer)} tokens. "
+            "Some token ids would have no embedding; use a model and tokenizer that belong together."
+        )
+    return model
+
+
+def disable_dropout(model: nn.Module) -> nn.Module:
+    """No dropout, also in training mode (which activation checkpointing needs): the reference was scored without."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model
+
+
+def load_policy_start(folder: Path) -> nn.Module:
+    """The reference's weights, float32 masters, to train a policy from."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not folder.is_dir():
+        raise RequestError(f"{folder} does not exist; it is written by `refcache prepare` (run `dvc repro prepare`).")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _from_scratch(scratch: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    try:
+        known = AutoConfig.for_model(scratch.architecture)
+    except ValueError:
+        raise RequestError(f"model.scratch.architecture {scratch.architecture!r} is unknown to transformers") from None
+    unknown = sorted(key for key in scratch.config if not hasattr(known, key))
+    if unknown:
+        raise RequestError(f"model.scratch.config: {type(known).__name__} has no {unknown}; misspelt?")
+    config = AutoConfig.for_model(
+        scratch.architecture,
+        **{
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        | scratch.config,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(scratch.seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def save_model(model: nn.Module, state: dict[str, Tensor], tokenizer: Path, out: Path) -> None:
+    """Write `state` (the model's parameter names) with config and tokenizer to `out`, complete or not at all."""
+    building = out.with_name(f".{out.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    model.save_pretrained(building, state_dict=state, safe_serialization=True)
+    if causal_model(model) is model:
+        copy_tokenizer(tokenizer, building)
+    shutil.rmtree(out, ignore_errors=True)
+    building.rename(out)
+
+
+def copy_tokenizer(tokenizer: Path, model: Path) -> None:
+    """Put the tokenizer's files beside the weights, so that the folder works on its own."""
+    names = ("token", "vocab", "merges", "special", "added", "chat_template", "spiece")
+    for file in sorted(tokenizer.iterdir()):
+        if file.name.startswith(names):
+            shutil.copyfile(file, model / file.name)

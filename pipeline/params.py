@@ -1,0 +1,269 @@
+"""The sections of params.yaml as strict models. A stage receives its own section, never the whole file.
+
+Strict means: an unknown key, a wrong type or a value out of range is an error that names the key. Nothing here imports
+an engine, so every command can validate in milliseconds.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.objective_params import AnyVariant
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+# model: the reference, which is also where every policy starts --------------------------------------------------------
+
+
+class ScratchModel(Section):
+    """A model built from a config with random weights: any causal architecture that transformers knows."""
+
+    architecture: str = "qwen2"  # transformers' model_type
+    vocabulary_size: Annotated[int, Field(ge=260)] = 1024  # of the byte-level BPE tokenizer trained on the sft rows
+    config: dict[str, Any] = Field(default_factory=dict)  # passed to the architecture's config class
+    seed: NonNegative = 0
+
+
+class ModelParams(Section):
+    """Either `name` (hub id or local folder) or `scratch`."""
+
+    name: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    scratch: ScratchModel | None = None
+
+    @model_validator(mode="after")
+    def one_origin(self) -> Self:
+        if (self.name is None) == (self.scratch is None):
+            raise ValueError("give either model.name (hub id or local folder) or model.scratch, and null for the other")
+        return self
+
+
+# prepare --------------------------------------------------------------------------------------------------------------
+
+
+class DemoParams(Section):
+    prompts: Positive = 400  # distinct prompts with pairs
+    sft_rows: Positive = 3000
+    seed: NonNegative = 0
+
+
+class FilesParams(Section):
+    """File names relative to prepare.input; .jsonl or .parquet. `test_pairs` empty: split `pairs` by prompt."""
+
+    pairs: list[str] = Field(min_length=1)
+    test_pairs: list[str] = Field(default_factory=list)
+
+
+class HubParams(Section):
+    """A dataset on the hub, or a local folder that `datasets` can load. `test_split` null: split by prompt."""
+
+    dataset: str
+    config: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    test_split: str | None = None
+
+
+class SftRowsParams(Section):
+    """Where the sft rows come from: `files` of prompt and completion, or the chosen responses of a share of the pairs.
+
+    `pairs_files` limits the second form to some of the pair files (empty: the first one), so that pair files added
+    later leave the sft rows, hence the reference, untouched. `source: none` writes no rows (for sft.epochs: 0).
+    """
+
+    source: Literal["files", "pairs", "demo", "none"] = "demo"
+    files: list[str] = Field(default_factory=list)
+    pairs_share: Share = 1.0
+    pairs_files: list[str] = Field(default_factory=list)
+
+
+class ColumnNames(Section):
+    """Column names in the input. `category` and the rewards are optional; a missing `prompt` means implicit prompts."""
+
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    completion: str = "completion"
+    category: str = "category"
+    chosen_reward: str = "chosen_reward"
+    rejected_reward: str = "rejected_reward"
+
+
+class PrepareParams(Section):
+    source: Literal["demo", "files", "hub"] = "demo"
+    input: str = "data/input"  # folder of the files; DVC watches it
+    demo: DemoParams = DemoParams()
+    files: FilesParams | None = None
+    hub: HubParams | None = None
+    columns: ColumnNames = ColumnNames()
+    sft: SftRowsParams = SftRowsParams()
+    chat_template: Literal["auto", "never"] | str = "auto"  # or a path to a jinja file
+    max_tokens: Positive = 1024  # prompt and response together; responses keep their start
+    max_prompt_tokens: Positive = 512
+    long_prompts: Literal["drop", "truncate_left"] = "drop"
+    test_share: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the prompts, where no test file or split is given
+    split_seed: NonNegative = 0
+    on_bad_row: Literal["fail", "skip"] = "fail"
+
+    @model_validator(mode="after")
+    def source_is_described(self) -> Self:
+        if self.source == "files" and self.files is None:
+            raise ValueError("source: files needs prepare.files.pairs (a list of file names under prepare.input)")
+        if self.source == "hub" and self.hub is None:
+            raise ValueError("source: hub needs prepare.hub.dataset")
+        if self.max_prompt_tokens >= self.max_tokens:
+            raise ValueError(
+                f"max_prompt_tokens ({self.max_prompt_tokens}) must be below max_tokens ({self.max_tokens})"
+            )
+        if self.sft.source == "files" and not self.sft.files:
+            raise ValueError("sft.source: files needs prepare.sft.files (file names under prepare.input)")
+        if self.sft.source == "demo" and self.source != "demo":
+            raise ValueError("sft.source: demo goes with source: demo; choose files, pairs or none")
+        return self
+
+
+# training: what sft and train share ----------------------------------------------------------------------------------
+
+
+class LoopParams(Section):
+    ranks: Positive = 1  # processes on this machine: GPUs, or CPU processes
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    dtype: Dtype = "float32"
+    epochs: Annotated[float, Field(ge=0)] = 1.0
+    batch_size: Positive = 16  # examples (pairs, in train) per optimizer step, over all ranks
+    micro_batch_size: Positive = 8  # of them in one forward on one rank
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the steps
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    activation_checkpointing: bool = False
+    optimizer_offload: bool = False  # optimizer states in host memory; needs ZeRO 1 or higher
+    logps_chunk_tokens: Positive = 1024  # response tokens whose logits exist at once
+    checkpoint_every: Positive = 100  # optimizer steps
+    keep_checkpoints: Positive = 2
+
+    @model_validator(mode="after")
+    def ranks_share_evenly(self) -> Self:
+        if self.batch_size % self.ranks:
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of ranks ({self.ranks})")
+        if self.optimizer_offload and self.zero_stage == 0:
+            raise ValueError("optimizer_offload needs zero_stage 1, 2 or 3")
+        return self
+
+
+class SftParams(LoopParams):
+    """`epochs: 0` takes the model as it is."""
+
+    seed: NonNegative = 0
+
+
+class LastFraction(Section):
+    last_fraction: Share  # of the transformer blocks, rounded up to whole blocks; embeddings and head stay frozen
+
+
+class LoraShape(Section):
+    r: Positive = 8
+    alpha: Positive = 16
+    targets: list[str] = Field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
+    blocks: Literal["all", "last"] = "all"
+    seed: NonNegative = 0
+
+
+class Lora(Section):
+    lora: LoraShape
+
+
+Trainable = Literal["all", "last_block", "head"] | LastFraction | Lora
+
+
+class TrainParams(LoopParams):
+    drift_tolerance: Annotated[float, Field(gt=0)] = 0.25  # nats per sequence, 99th percentile of the measured sample
+    variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")], AnyVariant] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def epochs_train_something(self) -> Self:
+        if self.epochs == 0:
+            raise ValueError("train.epochs must be above 0")
+        return self
+
+
+# scoring and evaluation -----------------------------------------------------------------------------------------------
+
+
+class ScoreParams(Section):
+    """The vLLM engine, for the reference and, in evaluate, policies; of these, dtype and quantization are identity."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: str | None = None
+    max_model_len: Positive | None = None  # tokens; null: as long as the longest row needs
+    max_num_seqs: Positive = 64
+    max_num_batched_tokens: Positive = 2048
+    tensor_parallel_size: Positive = 1
+    gpu_memory_utilization: Share = 0.9
+    cpu_kv_cache_gib: Positive = 1
+    enforce_eager: bool = False  # true: no compilation, slower on long runs, faster to start
+    rows_per_call: Positive = 256  # rows handed to the engine, then journalled, at a time
+    timeout_seconds: Positive = 1800  # without an answer from the engine
+    drift_sample: Positive = 64  # responses forwarded again by transformers in train.dtype
+
+
+class EvaluateParams(Section):
+    prompts: NonNegative = 64  # held-out prompts that the policy answers, for KL and reward; 0: none
+    samples_per_prompt: Positive = 4
+    max_new_tokens: Positive = 64
+    seed: NonNegative = 0
+
+
+class SweepParams(Section):
+    variants: list[str] = Field(min_length=1)
+    seeds: list[NonNegative] = Field(min_length=1)
+
+
+class Params(Section):
+    """The whole file; stages read it only to pick their own section."""
+
+    model: ModelParams
+    prepare: PrepareParams
+    sft: SftParams
+    score: ScoreParams
+    trainable: Trainable
+    train: TrainParams
+    sweep: SweepParams
+    evaluate: EvaluateParams
+
+    @model_validator(mode="after")
+    def sections_agree(self) -> Self:
+        unknown = [name for name in self.sweep.variants if name not in self.train.variants]
+        if unknown:
+            raise ValueError(f"sweep.variants names {unknown}, but train.variants has {sorted(self.train.variants)}")
+        if self.prepare.sft.source == "none" and self.sft.epochs > 0:
+            raise ValueError("prepare.sft.source: none leaves nothing to train on; set sft.epochs: 0")
+        if self.model.scratch is not None and self.sft.epochs == 0:
+            raise ValueError("model.scratch has random weights; set sft.epochs above 0 or give model.name")
+        return self
+
+
+def variant_loop(train: TrainParams, name: str) -> TrainParams:
+    """The `train` section with the variant's `settings` applied; unknown or out-of-range ones raise ValueError."""
+    allowed = set(LoopParams.model_fields) | {"drift_tolerance"}
+    settings = train.variants[name].settings
+    foreign = sorted(set(settings) - allowed)
+    if foreign:
+        raise ValueError(f"train.variants.{name}.settings: unknown {foreign}; allowed are {sorted(allowed)}")
+    try:
+        return TrainParams.model_validate(train.model_dump() | settings)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {p['input']!r}" for p in error.errors()]
+        raise ValueError(f"train.variants.{name}.settings: {'; '.join(problems)}") from None

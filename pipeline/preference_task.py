@@ -1,0 +1,96 @@
+"""The ranks' side of preference training: pairs with their cached reference values, the policy, the objective."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from cache import open_reference
+from pipeline.deepspeed_engine import Engine
+from pipeline.launch import Job
+from pipeline.logps import ResponseLogps, collate, sequence_sums
+from pipeline.models import disable_dropout, load_policy_start
+from pipeline.objectives import OBJECTIVES, PairLogps
+from pipeline.params import LoopParams, Trainable
+from pipeline.prepared_data import read_pairs, read_responses
+from pipeline.trainable import select_trainable
+from pipeline.training import micro_steps_for
+
+
+class PreferenceTask:
+    """Mean of an objective over the pairs of the batch; the reference is two float64 columns."""
+
+    def __init__(self, pairs: Path, reference: Path, *, objective: str, hyperparameters: dict[str, Any]) -> None:
+        self.objective, self.hyperparameters = OBJECTIVES[objective], hyperparameters
+        self.beta = hyperparameters.get("beta", 1.0)
+        table = read_pairs(pairs, "train")
+        responses = read_responses(pairs)
+        row_of = {key: row for row, key in enumerate(responses["response_key"])}
+        self.prompts = responses["prompt_ids"]
+        self.responses = responses["response_ids"]
+        self.response_lengths = responses["response_ids"].list.len().to_numpy().astype(np.int64)
+        # (n_pairs, 2): chosen and rejected, as rows of `responses`.
+        self.sides = np.array([[row_of[key] for key in table[side]] for side in ("chosen_key", "rejected_key")]).T
+        cached = open_reference(reference, expect=None)
+        self.reference_logps = np.stack(
+            [cached.sum_logps(table[side].to_list()) for side in ("chosen_key", "rejected_key")], axis=1
+        )
+        total = self.response_lengths + responses["prompt_ids"].list.len().to_numpy()
+        self.lengths = total[self.sides].sum(axis=1)
+
+    def loss(self, engine: Engine, micro: np.ndarray, batch: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = self.sides[micro].T.ravel()  # all chosen, then all rejected
+        tokens = collate([(self.prompts[int(row)], self.responses[int(row)]) for row in rows]).to(engine.device)
+        sums = sequence_sums(engine(*tokens), tokens.rows, len(rows))
+        pair = self._pair_logps(sums, micro)
+        losses = self.objective(pair, **self.hyperparameters)
+        return losses.sum() / len(batch), self._sums(pair, losses.detach())
+
+    def _pair_logps(self, policy: Tensor, micro: np.ndarray) -> PairLogps:
+        chosen, rejected = policy.chunk(2)
+        reference = torch.tensor(self.reference_logps[micro].T, dtype=torch.float32, device=policy.device)
+        lengths = torch.tensor(self.response_lengths[self.sides[micro]].T, device=policy.device)
+        return PairLogps(chosen, rejected, reference[0], reference[1], lengths[0], lengths[1])
+
+    def _sums(self, pair: PairLogps, losses: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            chosen = self.beta * pair.chosen_log_ratio
+            rejected = self.beta * pair.rejected_log_ratio
+            return {
+                "loss": losses.sum(),
+                "rewards/chosen": chosen.sum(),
+                "rewards/rejected": rejected.sum(),
+                "rewards/margins": (chosen - rejected).sum(),
+                "rewards/accuracies": (chosen > rejected).sum(),
+                "logps/chosen": pair.chosen.sum(),
+                "logps/rejected": pair.rejected.sum(),
+                "dcr": (chosen < 0).sum(),
+                "nll/chosen": -pair.chosen.sum(),
+                "in_distribution_logp": torch.logaddexp(pair.chosen, pair.rejected).sum(),
+            }
+
+    def summarise(self, sums: dict[str, float], batch: np.ndarray) -> dict[str, float]:
+        row = {name: value / len(batch) for name, value in sums.items()}
+        # Nats per token, as language-model losses are given; everything else is a mean over pairs.
+        row["nll/chosen"] = sums["nll/chosen"] / float(self.response_lengths[self.sides[batch, 0]].sum())
+        return row
+
+
+def start(job: Job, loop: LoopParams) -> tuple[Engine, PreferenceTask, nn.Module]:
+    """Engine, task and policy of one rank; no reference model is loaded."""
+    trainable = TypeAdapter(Trainable).validate_python(job.settings["trainable"])
+    model = select_trainable(load_policy_start(Path(job.paths["model"])), trainable)
+    if loop.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    disable_dropout(model).train()
+    task = PreferenceTask(
+        Path(job.paths["pairs"]),
+        Path(job.paths["reference"]),
+        objective=job.settings["objective"],
+        hyperparameters=job.settings["hyperparameters"],
+    )
+    engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
+    return engine, task, model

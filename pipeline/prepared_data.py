@@ -1,0 +1,89 @@
+"""The files that `prepare` writes and every later stage reads: their names, schemas and readers.
+
+PREPARED/sft.parquet            one row per supervised example
+PREPARED/tokenizer/             a transformers tokenizer folder
+PREPARED/pairs/pairs.parquet    one row per preference pair
+PREPARED/pairs/responses.parquet  one row per distinct response under its prompt
+"""
+
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import RequestError
+
+KEY = pa.binary(16)
+TOKENS = pa.list_(pa.int32())
+
+SFT_SCHEMA = pa.schema(
+    [
+        pa.field("prompt_ids", TOKENS, nullable=False),
+        pa.field("response_ids", TOKENS, nullable=False),
+        pa.field("prompt_text", pa.string(), nullable=False),
+        pa.field("response_text", pa.string(), nullable=False),
+    ]
+)
+
+RESPONSES_SCHEMA = pa.schema(
+    [
+        pa.field("response_key", KEY, nullable=False),
+        pa.field("prompt_key", KEY, nullable=False),
+        pa.field("split", pa.string(), nullable=False),  # "train" or "test"; a prompt is in one of them only
+        pa.field("prompt_ids", TOKENS, nullable=False),
+        pa.field("response_ids", TOKENS, nullable=False),  # with the end-of-turn token, unless truncated
+        pa.field("truncated", pa.bool_(), nullable=False),
+        pa.field("prompt_text", pa.string(), nullable=False),
+        pa.field("response_text", pa.string(), nullable=False),
+        pa.field("reward", pa.float32()),  # true or annotated reward, where the source has one
+    ]
+)
+
+PAIRS_SCHEMA = pa.schema(
+    [
+        pa.field("pair_id", pa.int32(), nullable=False),  # 0..n-1 in file order, over both splits
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("prompt_key", KEY, nullable=False),
+        pa.field("chosen_key", KEY, nullable=False),  # response_key of the chosen response
+        pa.field("rejected_key", KEY, nullable=False),
+        pa.field("category", pa.string()),
+        pa.field("prompt_text", pa.string(), nullable=False),
+        pa.field("chosen_text", pa.string(), nullable=False),
+        pa.field("rejected_text", pa.string(), nullable=False),
+        pa.field("chosen_reward", pa.float32()),
+        pa.field("rejected_reward", pa.float32()),
+        pa.field("source", pa.string(), nullable=False),  # "file:line" or "dataset[row]"
+    ]
+)
+
+
+def write_table(table: pa.Table, path: Path, schema: pa.Schema) -> None:
+    """Write `table` as Parquet; the same rows give the same bytes. Row order is the caller's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.cast(schema), path, compression="zstd", compression_level=3, row_group_size=2000)
+
+
+def read_sft(path: Path) -> pl.DataFrame:
+    return _read(path, SFT_SCHEMA)
+
+
+def read_pairs(folder: Path, split: str | None = None) -> pl.DataFrame:
+    pairs = _read(folder / "pairs.parquet", PAIRS_SCHEMA)
+    return pairs if split is None else pairs.filter(pl.col("split") == split)
+
+
+def read_responses(folder: Path) -> pl.DataFrame:
+    return _read(folder / "responses.parquet", RESPONSES_SCHEMA)
+
+
+def _read(path: Path, schema: pa.Schema) -> pl.DataFrame:
+    if not path.exists():
+        raise RequestError(f"{path} does not exist; it is written by `refcache prepare` (run `dvc repro prepare`).")
+    found = pq.read_schema(path)
+    if found.names != schema.names:
+        raise RequestError(
+            f"{path} has columns {found.names}, expected {schema.names}. "
+            "It comes from another version; run `dvc repro -f prepare`."
+        )
+    return pl.read_parquet(path)

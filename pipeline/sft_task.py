@@ -1,0 +1,44 @@
+"""The ranks' side of supervised fine-tuning: data, model and loss for pipeline/training.py."""
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from pipeline.deepspeed_engine import Engine
+from pipeline.launch import Job
+from pipeline.logps import ResponseLogps, collate
+from pipeline.models import initial_model, load_tokenizer
+from pipeline.params import LoopParams, ModelParams
+from pipeline.prepared_data import read_sft
+from pipeline.training import micro_steps_for
+
+
+class SftTask:
+    """Cross-entropy of the completion tokens, averaged over all completion tokens of the batch."""
+
+    def __init__(self, rows: Path) -> None:
+        table = read_sft(rows)
+        self.prompts = [ids.to_numpy() for ids in table["prompt_ids"]]
+        self.responses = [ids.to_numpy() for ids in table["response_ids"]]
+        self.response_lengths = np.array([len(ids) for ids in self.responses])
+        self.lengths = self.response_lengths + np.array([len(ids) for ids in self.prompts])
+
+    def loss(self, engine: Engine, micro: np.ndarray, batch: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens = collate([(self.prompts[i], self.responses[i]) for i in micro]).to(engine.device)
+        nll = -engine(*tokens).sum()
+        return nll / float(self.response_lengths[batch].sum()), {"nll": nll}
+
+    def summarise(self, sums: dict[str, float], batch: np.ndarray) -> dict[str, float]:
+        return {"loss": sums["nll"] / float(self.response_lengths[batch].sum())}
+
+
+def start(job: Job, loop: LoopParams) -> tuple[Engine, SftTask, nn.Module]:
+    """Engine, task and model of one rank."""
+    tokenizer = load_tokenizer(Path(job.paths["tokenizer"]))
+    model = initial_model(ModelParams.model_validate(job.settings["model"]), tokenizer)
+    if loop.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
+    return engine, SftTask(Path(job.paths["sft"])), model

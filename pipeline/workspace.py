@@ -1,0 +1,32 @@
+"""Where work in progress lives: journals, checkpoints, logs. Outside DVC's outputs, which DVC deletes and reverts."""
+
+import os
+from pathlib import Path
+
+
+def workspace() -> Path:
+    """$REFCACHE_HOME, else $DVC_ROOT/.refcache, else ./.refcache; absolute. Made by whoever writes there first.
+
+    DVC sets DVC_ROOT for its stages, also for `dvc exp run --temp`, so that a temporary run finds earlier work.
+    """
+    home = os.environ.get("REFCACHE_HOME")
+    return Path(home).absolute() if home else Path(os.environ.get("DVC_ROOT") or ".").absolute() / ".refcache"
+
+
+def journal_folder() -> Path:
+    """Rows scored so far, one folder per reference_id."""
+    return workspace() / "journal"
+
+
+def log_file(name: str) -> Path:
+    """The log of one engine, .refcache/logs/NAME.log; its folder exists on return."""
+    folder = workspace() / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.log"
+
+
+def scratch_folder() -> Path:
+    """For files that live as long as one stage; exists on return."""
+    folder = workspace() / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,1 @@
+"""One click command per DVC stage, and the inspection commands."""

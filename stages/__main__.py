@@ -1,0 +1,78 @@
+"""`python -m stages COMMAND` and the console script `refcache COMMAND`: one click group, loaded lazily."""
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+# name -> line in the group's help; each lives in stages/<name>.py as `command`, imported only when it runs.
+COMMANDS = {
+    "prepare": "Read preference data; tokenise, split and key it.",
+    "sft": "Fine-tune (or take as it is) the reference model.",
+    "score": "Score every response under the reference with vLLM.",
+    "train": "Train one policy against the reference cache with DeepSpeed.",
+    "evaluate": "Compare one policy with the reference on held-out pairs.",
+    "report": "Collect all variants into tables, curves and one HTML page.",
+    "inspect": "Show what a reference cache holds.",
+    "verify": "Check a reference cache for damage.",
+}
+
+
+class StageGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"stages.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # click would import every command for its help line, and with it seconds of pydantic and pyarrow.
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ImportError, OSError, ValueError, RuntimeError) as error:
+            code = exit_code(error)
+            if code is None:
+                raise
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(code)
+
+
+def exit_code(error: Exception) -> int | None:
+    """2 for a wrong request, 1 for a run that failed; None for what is a fault of ours and keeps its traceback."""
+    from cache import CacheError, CacheIncomplete, CacheMismatch
+    from pipeline.errors import RequestError, RunFailed
+
+    if isinstance(error, RequestError | CacheMismatch | CacheIncomplete):
+        return 2
+    if isinstance(error, RunFailed | CacheError):
+        return 1
+    return None
+
+
+@click.group(cls=StageGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="refcache")
+def main() -> None:
+    """Score the reference once, train many policies against it.
+
+    Phase 1 is prepare, sft and score; phase 2 is train, evaluate and report. `dvc repro` runs them all; each also runs
+    alone. Hyper-parameters come from params.yaml.
+
+    \b
+    Example:
+      refcache score --pairs data/prepared/pairs --model models/reference \\
+        --out data/reference/logps --metrics results/score/metrics.json
+      refcache inspect data/reference/logps
+    """
+
+
+if __name__ == "__main__":
+    sys.exit(main(prog_name="refcache"))

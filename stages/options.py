@@ -1,0 +1,36 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def path_option(name: str, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A required path that DVC also knows, as a dependency or an output of the stage."""
+    return click.option(name, type=click.Path(path_type=Path), required=True, help=text)
+
+
+def params_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --params and --set, and call `function` with the validated file as `params`."""
+
+    @click.option(
+        "--params",
+        "params_file",
+        type=click.Path(path_type=Path),
+        default=Path("params.yaml"),
+        show_default=True,
+        help="Hyper-parameters.",
+    )
+    @click.option(
+        "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value; repeatable."
+    )
+    @wraps(function)
+    def with_params(*, params_file: Path, overrides: tuple[str, ...], **options: Any) -> Any:
+        from stages.params_file import load_params
+
+        return function(params=load_params(params_file, overrides), **options)
+
+    return with_params

@@ -1,0 +1,58 @@
+"""The `train` stage: one cell of the matrix of variants and seeds."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from stages.options import params_options, path_option
+
+if TYPE_CHECKING:
+    from pipeline.params import Params
+
+
+@click.command(name="train")
+@click.option("--variant", required=True, help="Name under train.variants.")
+@click.option("--seed", type=click.IntRange(min=0), required=True, help="Seed of the batch order.")
+@path_option("--pairs", "Folder of pairs and responses from prepare.")
+@path_option("--model", "Reference model from sft, where the policy starts.")
+@path_option("--reference", "Reference cache from score.")
+@path_option("--out", "Policy to write: a transformers folder, or a peft adapter for LoRA.")
+@path_option("--history", "Training history to write (TSV).")
+@path_option("--metrics", "Metrics to write (JSON).")
+@params_options
+def command(
+    params: "Params",
+    variant: str,
+    seed: int,
+    pairs: Path,
+    model: Path,
+    reference: Path,
+    out: Path,
+    history: Path,
+    metrics: Path,
+) -> None:
+    """Train one policy against the reference cache with DeepSpeed; no reference model is loaded.
+
+    A killed run goes on from its newest checkpoint when the same command runs again.
+
+    \b
+    Example:
+      refcache train --variant dpo --seed 0 --pairs data/prepared/pairs --model models/reference \\
+        --reference data/reference/logps --out models/policies/dpo-0 \\
+        --history results/dpo-0/history.tsv --metrics results/dpo-0/train.json
+    """
+    from pipeline.preference_training import train_policy
+
+    train_policy(
+        variant=variant,
+        seed=seed,
+        pairs=pairs,
+        model=model,
+        reference=reference,
+        out=out,
+        history=history,
+        metrics=metrics,
+        params=params.train,
+        trainable=params.trainable,
+    )

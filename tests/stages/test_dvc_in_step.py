@@ -1,0 +1,71 @@
+"""dvc.yaml, the click options and the params models agree."""
+
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+from dvc.repo import Repo
+
+from pipeline.params import Params, TrainParams
+from stages.__main__ import COMMANDS, StageGroup
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """The expanded stages, read in a copy so that a checkout without .git works too."""
+    copy = tmp_path_factory.mktemp("repo")
+    for name in ("dvc.yaml", "params.yaml"):
+        (copy / name).write_text((ROOT / name).read_text())
+    return list(Repo.init(str(copy), no_scm=True).index.stages)
+
+
+def parsed(stage) -> tuple[str, dict[str, object]]:
+    words = shlex.split(stage.cmd)
+    assert words[:3] == ["python", "-m", "stages"]
+    command = StageGroup().get_command(click.Context(click.Group()), words[3])
+    assert command is not None
+    return words[3], command.make_context(words[3], words[4:]).params
+
+
+def test_every_pipeline_command_is_a_stage(stages):
+    assert {parsed(stage)[0] for stage in stages} == set(COMMANDS) - {"inspect", "verify"}
+
+
+def test_cells_are_named_by_variant_and_seed(stages):
+    assert {"train@dpo-0", "train@bdpo-0", "evaluate@dpo-0", "evaluate@bdpo-0"} <= {stage.name for stage in stages}
+
+
+def test_command_lines_carry_only_paths_and_cell_coordinates(stages):
+    for stage in stages:
+        _, options = parsed(stage)
+        given = {word.removeprefix("--").replace("-", "_") for word in shlex.split(stage.cmd) if word.startswith("--")}
+        for name in given:
+            assert isinstance(options[name], Path) or name in {"variant", "seed"}, (stage.name, name)
+
+
+def test_every_path_on_a_command_line_is_a_dependency_or_an_output(stages):
+    root = Path(stages[0].repo.root_dir)
+    for stage in stages:
+        known = {Path(item.fs_path).relative_to(root) for item in [*stage.deps, *stage.outs] if item.protocol == "local"
+                 and Path(item.fs_path).is_relative_to(root)}  # fmt: skip
+        for name, value in parsed(stage)[1].items():
+            if isinstance(value, Path) and name != "params_file":
+                assert value in known, (stage.name, name, value)
+
+
+def test_train_watches_every_setting_that_can_change_it(stages):
+    """One by one, since depending on the whole section would re-run every variant when one changes."""
+    cell = next(stage for stage in stages if stage.name == "train@dpo-0")
+    watched = {key for dep in cell.deps if hasattr(dep, "params") for key in dep.params}
+    settings = {f"train.{name}" for name in TrainParams.model_fields if name != "variants"}
+    assert watched == settings | {"train.variants.dpo", "trainable"}
+
+
+def test_watched_sections_exist(stages):
+    for stage in stages:
+        for dep in stage.deps:
+            for key in getattr(dep, "params", []):
+                assert key.partition(".")[0] in Params.model_fields, (stage.name, key)

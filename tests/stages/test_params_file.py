@@ -1,0 +1,74 @@
+"""params.yaml: every mistake is one message that names file, key, value and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from pipeline.errors import RequestError
+from stages.__main__ import main
+from stages.params_file import load_params
+
+ROOT = Path(__file__).parents[2]
+DEFAULT = ROOT / "params.yaml"
+
+
+def test_default_and_presets_are_complete_and_valid():
+    for file in [DEFAULT, *sorted((ROOT / "presets").glob("*.yaml"))]:
+        load_params(file)
+
+
+def test_set_overrides_one_value_and_reads_yaml():
+    params = load_params(DEFAULT, ["train.learning_rate=3e-6", "sweep.seeds=[1, 2]", "train.variants.dpo.beta=0.2"])
+    assert params.train.learning_rate == 3e-6
+    assert params.sweep.seeds == [1, 2]
+    assert params.train.variants["dpo"].beta == 0.2
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.learning_rat=1", ["train.learning_rat", "unknown key"]),
+        ("train.learning_rate=fast", ["train.learning_rate", "valid number", "'fast'"]),
+        ("train.learning_rate=-1", ["train.learning_rate", "greater than 0", "-1"]),
+        ("train.zero_stage=5", ["train.zero_stage", "0, 1, 2 or 3", "5"]),
+        ("train.variants.dpo.mixture=0.5", ["train.variants.dpo", "mixture", "unknown key"]),
+        ("train.variants.bdpo.mixture=1.0", ["train.variants.bdpo", "mixture", "less than 1"]),
+        ("train.variants.dpo.objective=dpoo", ["train.variants.dpo", "dpoo", "'bdpo'"]),
+        ("train.variants.dpo.settings={epoch: 2}", ["train.variants.dpo.settings", "epoch"]),
+        ("train.variants.dpo.settings={epochs: 0}", ["train.variants.dpo.settings", "epochs"]),
+        ("train.batch_size=15", ["train", None]),
+        ("sweep.variants=[ipo]", ["ipo", "train.variants", "dpo"]),
+        ("model.name=org/model", ["model", "either"]),
+        ("trainable=most", ["trainable", "most"]),
+        ("prepare.max_prompt_tokens=128", ["max_prompt_tokens", "below max_tokens"]),
+        ("train.ranks.x=1", ["train.ranks", None]),
+        ("train", ["section.key=value"]),
+    ],
+)
+def test_each_mistake_names_key_and_what_is_allowed(override, expected):
+    overrides = [override, "train.ranks=2"] if "batch_size" in override else [override]
+    with pytest.raises(RequestError) as caught:
+        load_params(DEFAULT, overrides)
+    for part in filter(None, expected):
+        assert part in str(caught.value) or part.split(".")[-1] in str(caught.value)
+
+
+def test_broken_files_are_told_apart(tmp_path):
+    with pytest.raises(RequestError, match="does not exist"):
+        load_params(tmp_path / "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1,")
+    with pytest.raises(RequestError, match="not valid YAML"):
+        load_params(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(RequestError, match="must hold sections"):
+        load_params(tmp_path / "list.yaml")
+
+
+def test_a_wrong_request_exits_with_2_and_one_message(tmp_path):
+    paths = [
+        word for name in ("sft", "tokenizer", "out", "history", "metrics") for word in (f"--{name}", tmp_path / name)
+    ]
+    result = CliRunner().invoke(main, ["sft", *map(str, paths), "--params", str(DEFAULT), "--set", "sft.epochs=-1"])
+    assert result.exit_code == 2
+    assert result.output.startswith("Error: ") and "sft.epochs" in result.output and "Traceback" not in result.output
