@@ -22,6 +22,12 @@ def batch_indices(step: int, *, seed: int, n_examples: int, batch_size: int) -> 
     return np.array([_epoch_order(seed, slot // n_examples, n_examples)[slot % n_examples] for slot in slots.tolist()])
 
 
+def tokens_in(steps: int, lengths: np.ndarray, *, seed: int, batch_size: int) -> int:
+    """Tokens of the first `steps` batches; lengths: tokens of every example."""
+    batches = (batch_indices(s, seed=seed, n_examples=len(lengths), batch_size=batch_size) for s in range(steps))
+    return sum(int(lengths[batch].sum()) for batch in batches)
+
+
 def micro_batches(
     batch: np.ndarray, lengths: np.ndarray, *, rank: int, ranks: int, micro_batch_size: int
 ) -> list[np.ndarray]:

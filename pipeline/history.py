@@ -1,6 +1,7 @@
 """history.tsv: one row per optimizer step, readable while training, cut back to the resumed step."""
 
 import os
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,13 @@ class History:
             if file.tell() == 0:
                 file.write("\t".join(row) + "\n")
             file.write("\t".join(f"{value:.9g}" for value in row.values()) + "\n")
+
+
+def median(path: Path, column: str) -> float:
+    """Median of a column over all steps; NaN without any."""
+    names, *rows = [line.rstrip("\n").split("\t") for line in path.read_text().splitlines()]
+    values = [float(row[names.index(column)]) for row in rows]
+    return statistics.median(values) if values else float("nan")
 
 
 def last_row(path: Path) -> dict[str, float]:

@@ -33,8 +33,8 @@ def collate(sequences: Sequence[tuple[Tokens, Tokens]]) -> TokenBatch:
     input_ids = torch.zeros(len(sequences), max(lengths), dtype=torch.int64)
     rows, positions = [], []
     for row, ((prompt, response), length) in enumerate(zip(sequences, lengths, strict=True)):
-        input_ids[row, : len(prompt)] = torch.as_tensor(np.asarray(prompt), dtype=torch.int64)
-        input_ids[row, len(prompt) : length] = torch.as_tensor(np.asarray(response), dtype=torch.int64)
+        input_ids[row, : len(prompt)] = torch.from_numpy(np.array(prompt, dtype=np.int64))
+        input_ids[row, len(prompt) : length] = torch.from_numpy(np.array(response, dtype=np.int64))
         # The first response token is predicted from the last prompt token.
         positions.append(torch.arange(len(prompt) - 1, length - 1))
         rows.append(torch.full((len(response),), row))

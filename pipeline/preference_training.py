@@ -60,6 +60,7 @@ def train_policy(
     work = work_folder(job, cached.identity.weights, cached.identity.config, *map(file_digest, inputs))
     summary = launch(job, work, loop=settings, n_examples=len(train_pairs), title=f"train {variant}-{seed}")
     final = last_row(work / "history.tsv")
+    final.pop("step")
     summary = {
         "variant": variant,
         "seed": seed,
@@ -67,7 +68,6 @@ def train_policy(
         "hyperparameters": objective.hyperparameters(),
         "trainable": job.settings["trainable"],
         "pairs": len(train_pairs),
-        "steps": int(final.pop("step")),
         **summary,
         "final": final,
     }

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RequestError
+from pipeline.history import last_row
 from pipeline.launch import Job, file_digest, launch, publish, work_folder
 from pipeline.params import ModelParams, SftParams
 from pipeline.prepared_data import read_sft
@@ -32,6 +33,7 @@ def fine_tune(
     tokenizer_files = sorted(file for file in tokenizer.iterdir() if file.is_file())
     work = work_folder(job, file_digest(sft), *map(file_digest, tokenizer_files))
     summary = launch(job, work, loop=params, n_examples=len(rows), title="sft")
+    summary["loss"] = last_row(work / "history.tsv")["loss"]
     publish(work, out=out, history=history, metrics=metrics, summary=summary)
     return summary
 
@@ -44,6 +46,6 @@ def _take_as_is(*, tokenizer: Path, out: Path, history: Path, metrics: Path, mod
     for path in (history, metrics):
         path.parent.mkdir(parents=True, exist_ok=True)
     history.write_text("step\tepoch\tloss\tgrad_norm\tlr\ttokens_per_second\n")
-    summary = {"steps": 0, "seconds": 0.0, "resumed_from_step": 0}
+    summary = {"steps": 0, "tokens": 0, "seconds": 0.0}
     metrics.write_text(json.dumps(summary, indent=1) + "\n")
     return summary

@@ -32,7 +32,9 @@ def main() -> None:
 
 
 def _run(job: Job, work: Path) -> None:
+    from pipeline.batches import steps_for, tokens_in
     from pipeline.deepspeed_engine import init_distributed
+    from pipeline.history import median
     from pipeline.models import save_model
     from pipeline.params import LoopParams
     from pipeline.training import lock_work_folder, run_loop
@@ -48,7 +50,14 @@ def _run(job: Job, work: Path) -> None:
     state = engine.gathered_state(model, trained_only=is_adapter)
     if engine.rank == 0:
         save_model(model, state, Path(job.paths["tokenizer"]), work / "model")
-        summary: dict[str, Any] = {"resumed_from_step": resumed_from, "seconds": time.perf_counter() - started}
+        steps = steps_for(loop.epochs, len(task.lengths), loop.batch_size)
+        summary: dict[str, Any] = {
+            "steps": steps,
+            "tokens": tokens_in(steps, task.lengths, seed=job.seed, batch_size=loop.batch_size),
+            "tokens_per_second": median(work / "history.tsv", "tokens_per_second"),
+            "seconds": time.perf_counter() - started,
+            "resumed_from_step": resumed_from,
+        }
         (work / "summary.json").write_text(json.dumps(summary))
     del lock
 

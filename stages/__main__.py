@@ -38,7 +38,9 @@ class StageGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (ImportError, OSError, ValueError, RuntimeError) as error:
+        except (click.exceptions.Exit, click.exceptions.Abort):
+            raise  # click's own, RuntimeErrors both
+        except (ValueError, RuntimeError) as error:
             code = exit_code(error)
             if code is None:
                 raise

@@ -1,0 +1,120 @@
+"""Figures as people read them: units, few digits, a real minus sign, and a dash for a value that is not there."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jinja2
+
+DASH = "–"
+MINUS = "−"
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def show_count(value: Any) -> str:
+    """12,345"""
+    return f"{value:,.0f}".replace("-", MINUS) if _is_number(value) else DASH
+
+
+def show_share(value: Any) -> str:
+    """87.5 %"""
+    return f"{100 * value:.1f} %" if _is_number(value) else DASH
+
+
+def show_number(value: Any) -> str:
+    """Four significant digits: 12.35, −0.004321, 1.3 × 10⁻⁶."""
+    if not _is_number(value):
+        return DASH
+    size = abs(value)
+    if value == 0 or (isinstance(value, int) and size < 10_000):
+        return f"{value:.0f}".replace("-", MINUS)
+    if size < 1e-3 or size >= 1e9:
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        return f"{mantissa.replace('-', MINUS)} × 10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+    decimals = max(0, 3 - _magnitude(size))
+    return f"{value:,.{decimals}f}".replace("-", MINUS)
+
+
+def show_seconds(value: Any) -> str:
+    """0.85 s, 12.3 s, 4 min 05 s, 2 h 03 min"""
+    if not _is_number(value):
+        return DASH
+    if value < 59.95:
+        return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def show_statistic(statistic: Any, kind: str = "number") -> str:
+    """The mean over seeds, with ± standard deviation where there are several; kind: number, share, count or seconds."""
+    if not isinstance(statistic, Mapping):
+        return DASH
+    mean, deviation = statistic.get("mean"), statistic.get("standard_deviation")
+    if not _is_number(mean) or not _is_number(deviation):
+        return FILTERS[kind](mean)
+    if kind == "share":
+        return f"{100 * mean:.1f} ± {100 * deviation:.1f} %".replace("-", MINUS)
+    if kind != "number" or not 1e-3 <= abs(mean) < 1e9:
+        return f"{FILTERS[kind](mean)} ± {FILTERS[kind](deviation)}"
+    # The deviation says how many digits of the mean mean anything; never more than three.
+    decimals = 2 - _magnitude(mean)
+    if deviation > 0:
+        decimals = min(decimals, 1 - _magnitude(deviation))
+    decimals = max(0, decimals)
+    return f"{mean:,.{decimals}f} ± {deviation:,.{decimals}f}".replace("-", MINUS)
+
+
+def _magnitude(value: float) -> int:
+    return math.floor(math.log10(abs(value)))
+
+
+def show_as(value: Any, kind: str) -> str:
+    """`value` in the format of that name."""
+    return FILTERS[kind](value)
+
+
+def total(values: Iterable[Any]) -> float | None:
+    """Sum of the numbers among `values`; None if there is none."""
+    numbers = [value for value in values if _is_number(value)]
+    return sum(numbers) if numbers else None
+
+
+def show_hyperparameters(values: Any) -> str:
+    """beta 0.1, mixture 0.5"""
+    if not isinstance(values, Mapping) or not values:
+        return DASH
+    return ", ".join(f"{name} {show_value(value)}" for name, value in values.items())
+
+
+def show_value(value: Any) -> str:
+    """A parameter as a person would type it."""
+    if value is None or isinstance(value, jinja2.Undefined):
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(show_value(item) for item in value)
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {show_value(inner)}" for name, inner in value.items())
+    return str(value)
+
+
+FILTERS: dict[str, Callable[..., Any]] = {
+    "as": show_as,
+    "total": total,
+    "count": show_count,
+    "share": show_share,
+    "number": show_number,
+    "seconds": show_seconds,
+    "statistic": show_statistic,
+    "hyperparameters": show_hyperparameters,
+    "value": show_value,
+}

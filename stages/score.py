@@ -1,0 +1,51 @@
+"""The `score` stage."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stages.options import params_options, path_option
+
+if TYPE_CHECKING:
+    from pipeline.params import Params
+
+
+@click.command("score")
+@path_option("--pairs", "Prepared pairs and responses (from prepare).")
+@path_option("--model", "The reference: a transformers folder (from sft).")
+@path_option("--out", "Reference cache to write.")
+@path_option("--metrics", "JSON file for rows, tokens/s and drift.")
+@params_options
+def command(params: "Params", pairs: Path, model: Path, out: Path, metrics: Path) -> None:
+    """Score every response under the reference model with vLLM.
+
+    Only responses that were not scored before are scored; a killed run goes on where it was. The log-probs are written
+    as Parquet with the reference's identity, and a sample is compared with the trainer's own forward (drift).
+
+    \b
+    Example:
+      refcache score --pairs data/prepared/pairs --model models/reference \\
+        --out data/reference/logps --metrics results/score/metrics.json
+    """
+    from pipeline.scoring import score_responses
+
+    summary = score_responses(
+        pairs=pairs,
+        model=model,
+        out=out,
+        metrics=metrics,
+        params=params.score,
+        trainer_dtype=params.train.dtype,
+        trust_remote_code=params.model.trust_remote_code,
+    )
+    click.echo(_line(summary))
+
+
+def _line(summary: dict[str, Any]) -> str:
+    speed = f" at {summary['tokens_per_second']:,.0f} tokens/s" if summary["rows_scored"] else ""
+    drift = summary["drift"]["per_sequence"]
+    return (
+        f"score: {summary['rows_scored']:,} rows scored{speed}, {summary['rows_reused']:,} reused; "
+        f"drift {drift['max']:.2g} nats a sequence at most (typical margin {summary['drift']['typical_margin']:.3g})"
+    )

@@ -1,0 +1,48 @@
+"""docs/cache-format.md is the contract with readers that are not ours, so what it says is run here."""
+
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from cache import journal, publish_reference, schema
+from tests.cache.rows import identity, make_rows
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "cache-format.md").read_text()
+
+
+def test_the_documented_lines_compute_the_documented_keys():
+    (lines,) = [block for block in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL) if "hashlib" in block]
+    names: dict[str, object] = {}
+    exec(lines, names)
+    stated = re.findall(r"^(key\(.*?\)\.hexdigest\(\)) +# ([0-9a-f]{32})", lines, re.MULTILINE)
+    assert len(stated) == 2
+    for expression, digest in stated:
+        assert eval(expression, names) == digest
+
+
+def test_the_documented_columns_are_those_of_a_shard(tmp_path):
+    publish_reference(tmp_path, make_rows(0, 3), identity())
+    (shard,) = tmp_path.glob("*.parquet")
+    section = DOCUMENT.partition("## Shards")[2].partition("## ")[0]
+    stated = re.findall(r"^\| `(\w+)` \| ([\w() ]+) \|", section, re.MULTILINE)
+    types = {"fixed_len_byte_array(16)": "fixed_size_binary[16]", "list of int32": "list<element: int32>"}
+    types |= {"list of float": "list<element: float>"}
+    found = pq.read_schema(shard)
+    assert [(name, types.get(kind, kind)) for name, kind in stated] == [
+        (field.name, str(field.type).replace("item:", "element:")) for field in found
+    ]
+
+
+@pytest.mark.parametrize("table", ["identity", "manifest"])
+def test_every_stored_field_is_documented(tmp_path, table):
+    manifest = publish_reference(tmp_path, make_rows(0, 3), identity())
+    fields = vars(manifest) | vars(manifest.shards[0]) if table == "manifest" else identity().to_dict()
+    assert [name for name in fields if f"`{name}`" not in DOCUMENT] == []
+
+
+def test_the_documented_constants_are_those_of_the_code():
+    assert f"version {schema.FORMAT_VERSION}\n" in DOCUMENT.splitlines(keepends=True)[0]
+    assert journal.MAGIC.decode() in DOCUMENT and journal.FRAME_MAGIC.hex(" ").upper() in DOCUMENT
+    assert f"row groups of {schema.ROW_GROUP_ROWS:,} rows" in DOCUMENT
