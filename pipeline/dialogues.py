@@ -1,0 +1,96 @@
+"""Dialogues, as messages or as "Human: ... Assistant: ..." text, and where the prompt ends and the answer starts."""
+
+import re
+from typing import Any, NamedTuple
+
+
+class Message(NamedTuple):
+    role: str
+    content: str
+
+
+Prompt = str | tuple[Message, ...]  # text for tokenizers without a chat template, messages for those with one
+
+_TURN = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")
+_ROLE_OF = {"Human": "user", "Assistant": "assistant"}
+
+
+class BadDialogue(ValueError):
+    """Why a value is no usable dialogue; becomes the reason of a bad row."""
+
+
+def is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def messages_of(value: list[dict[str, Any]], column: str) -> tuple[Message, ...]:
+    """`value` as messages; keys other than role and content are ignored. Raises BadDialogue."""
+    messages = []
+    for number, item in enumerate(value):
+        role, content = item.get("role"), item.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise BadDialogue(f"message {number} of {column} needs the texts role and content, found {_shape(item)}")
+        messages.append(Message(role, content))
+    return tuple(messages)
+
+
+def _shape(item: dict[str, Any]) -> str:
+    return "{" + ", ".join(f"{key}: {type(value).__name__}" for key, value in list(item.items())[:6]) + "}"
+
+
+def split_messages(messages: tuple[Message, ...], column: str) -> tuple[tuple[Message, ...], str]:
+    """(all turns but the last, the last turn's text); the last turn must be the assistant's."""
+    if not messages or messages[-1].role != "assistant":
+        found = f"a turn of {messages[-1].role!r}" if messages else "nothing"
+        raise BadDialogue(f"{column} must end with the assistant's turn, it ends with {found}")
+    if len(messages) == 1:
+        raise BadDialogue(f"{column} holds no turn before the answer, so there is no prompt")
+    return messages[:-1], messages[-1].content
+
+
+def is_plain_dialogue(text: str) -> bool:
+    """Whether `text` is the hh-rlhf form: turns headed "Human:" and "Assistant:" after blank lines."""
+    return _TURN.match(text) is not None and any(mark[1] == "Assistant" for mark in _TURN.finditer(text))
+
+
+def plain_messages(text: str, column: str) -> tuple[Message, ...]:
+    """The turns of a plain dialogue as messages, their outer white space removed."""
+    marks = list(_TURN.finditer(text))
+    if not marks or marks[0].start() != 0:
+        raise BadDialogue(f'{column} is no dialogue: it does not start with "Human:" or "Assistant:"')
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    return tuple(
+        Message(_ROLE_OF[mark[1]], text[mark.end() : end].strip()) for mark, end in zip(marks, ends, strict=True)
+    )
+
+
+def split_plain(text: str, column: str) -> tuple[str, str]:
+    """(the text up to and including the last "Assistant:", the rest), white space untouched."""
+    split_messages(plain_messages(text, column), column)  # the same rows are good with and without a chat template
+    *_, last = _TURN.finditer(text)
+    return text[: last.end()], text[last.end() :]
+
+
+def difference(chosen: Prompt, rejected: Prompt) -> str:
+    """How two prompts that should be equal differ, in words."""
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        return "their texts before the last answer differ"
+    if len(chosen) != len(rejected):
+        return f"chosen has {len(chosen) + 1} turns, rejected has {len(rejected) + 1}"
+    turn = next(number for number, pair in enumerate(zip(chosen, rejected, strict=True)) if pair[0] != pair[1])
+    return f"turn {turn + 1} of {len(chosen) + 1} differs"
+
+
+def is_empty(prompt: Prompt) -> bool:
+    """True where nothing is asked: no text, or none in the last turn (an empty system turn is harmless)."""
+    text = prompt if isinstance(prompt, str) else prompt[-1].content if prompt else ""
+    return not text.strip()
+
+
+def readable(prompt: Prompt) -> str:
+    """What `prompt_text` holds: the text itself, a single user turn's text, or all turns headed by their role."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0].role == "user":
+        return prompt[0].content
+    return "\n\n".join(f"[{role}] {content}" for role, content in prompt)

@@ -1,0 +1,194 @@
+"""A child process that owns the vLLM engine, so that its crash, hang or memory never becomes the stage's own.
+
+The stage talks to it over a pipe (the child's side is engine_server.py) and never waits longer than
+params.timeout_seconds for a sign of life. Everything the engine prints, from C++ too, goes to a log file.
+"""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import numpy as np
+
+from pipeline.errors import RunFailed
+from pipeline.params import ScoreParams
+from pipeline.progress import Advance, activity
+from pipeline.scoring_plan import EngineLength
+
+Row = tuple[np.ndarray, np.ndarray]  # prompt ids and response ids, int32
+_LOG_LINES_SHOWN = 15
+_LOOK_SECONDS = 1.0  # between two looks at whether a silent engine is still alive
+
+
+class EngineProcess:
+    """vLLM in a process of its own; a context manager. Load a model, then ask; after RunFailed it is closed."""
+
+    def __init__(self, params: ScoreParams, *, log: Path) -> None:
+        """Start the process, which imports vLLM (6 to 15 s) while the caller does something else.
+
+        log: file that receives all that the engine prints.
+        """
+        self.log = log
+        self._params = params
+        self._pipe, theirs = multiprocessing.Pipe()
+        # Not multiprocessing's own Process: this way the environment is the child's from its first instruction, its
+        # output is in the log from the first byte, and killing it leaves no semaphores behind in our name.
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.engine_server", str(theirs.fileno()), str(os.getpid())],
+                env=engine_environment(params),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is the stage's to handle, and the group can be killed as a whole
+            )
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def load(self, model: Path, length: EngineLength, *, trust_remote_code: bool = False) -> None:
+        """Build the engine and wait until it is ready; length: from scoring_plan.engine_length. Raises RunFailed."""
+        settings = {
+            "model": model.absolute(),
+            "params": self._params,
+            "length": length,
+            "trust_remote_code": trust_remote_code,
+        }
+        with activity(f"starting vLLM ({self.log})"):
+            self._ask(settings, "did not start", None)
+
+    def score(self, rows: Sequence[Row], advance: Advance) -> list[np.ndarray]:
+        """Log-probs of each response's tokens, nats, float32 (response length,) a row; advance(rows, tokens) meanwhile.
+
+        rows: validated (scoring_plan.check_rows). Raises RunFailed if the engine dies, fails or stays silent.
+        """
+        return self._ask(("score", (rows,), {}), "failed while scoring", advance)
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        advance: Advance,
+        *,
+        n: int,
+        max_new_tokens: int,
+        seed: int,
+        stop_token_ids: Sequence[int],
+    ) -> list[list[list[int]]]:
+        """`n` sampled responses a prompt as token ids, at temperature 1, stop token included; raises as score does."""
+        options = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed, "stop_token_ids": stop_token_ids}
+        return self._ask(("generate", (prompts,), options), "failed while sampling", advance)
+
+    def _ask(self, request: object, failed: str, advance: Advance | None) -> Any:
+        try:
+            with suppress(BrokenPipeError):  # a dead engine is reported by _answer, with its log
+                self._pipe.send(request)
+            return self._answer(failed, advance)
+        except BaseException:
+            self.kill()  # its state is unknown: vLLM may hang in the call after an error
+            raise
+
+    def _answer(self, failed: str, advance: Advance | None) -> Any:
+        """The answer, after any number of progress reports; each of these starts the timeout anew."""
+        while True:
+            kind, value = self._next_message(failed)
+            if kind == "answer":
+                return value
+            if kind == "error":
+                raise self._failure(f"{failed}: {value}")
+            if advance is not None:
+                advance(*value)
+
+    def _next_message(self, failed: str) -> tuple[str, Any]:
+        deadline = time.monotonic() + self._params.timeout_seconds
+        try:
+            while not self._pipe.poll(_LOOK_SECONDS):
+                # Not left to the end of the pipe: a worker that the engine forked may hold the other end open.
+                if self._process.poll() is not None:
+                    raise EOFError
+                if time.monotonic() > deadline:
+                    raise self._failure(
+                        f"gave no sign of life for {self._params.timeout_seconds} s (score.timeout_seconds)"
+                    )
+            return self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            code = self._process.wait()
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            raise self._failure(f"{failed}: its process {self.pid} {how}") from None
+
+    def _failure(self, what: str) -> RunFailed:
+        tail = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES_SHOWN:]
+        return RunFailed(
+            f"the vLLM engine {what}.\n"
+            f"Its log {self.log} ends with:\n" + "\n".join(f"  {line}" for line in tail) + "\n"
+            "Rows finished before are kept: run the same command again to go on from there."
+        )
+
+    def close(self) -> None:
+        """End the engine; returns when its memory is free."""
+        with suppress(OSError):
+            self._pipe.send(None)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=30)
+        self.kill()
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)  # with the workers of tensor parallelism, if they still live
+        self._process.wait()
+        self._pipe.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if raised[0] is None:
+            self.close()
+        else:
+            self.kill()
+
+
+def engine_environment(params: ScoreParams) -> dict[str, str]:
+    """The engine's whole environment. What must be set before its Python starts is set, unless the user has set it."""
+    defaults = {
+        # glibc would return every freed activation to the kernel and fault it in again: 20-30 % of a CPU run in bf16.
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+        # The engine's core in that process and not in yet another, whose death vLLM wouldn't notice.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": str(params.cpu_kv_cache_gib),
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    # This package must be found again, also where it is not installed and the stage runs in another folder.
+    here = str(Path(__file__).parents[1])
+    search = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    return defaults | os.environ | {"PYTHONPATH": search}
+
+
+@contextmanager
+def orderly_termination() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit(143) meanwhile, so that engines are ended and temporary folders removed."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # not the main thread: whoever runs us there has handlers of their own
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,165 @@
+"""What goes to the engine, in which order, and whether the model can take it at all. No engine is imported here."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+
+from pipeline.errors import RequestError
+from pipeline.params import ScoreParams
+
+ROW_COLUMNS = ["response_key", "prompt_key", "prompt_ids", "response_ids"]
+
+
+class ModelLimits(NamedTuple):
+    """vocabulary: rows of the embedding, above every id. positions: longest sequence, None where nothing bounds it."""
+
+    vocabulary: int
+    positions: int | None
+
+
+class EngineLength(NamedTuple):
+    """max_model_len for vLLM in tokens; beyond_limit: it is one above the model's positions (see engine_length)."""
+
+    max_model_len: int
+    beyond_limit: bool
+
+
+def model_limits(folder: Path, *, trust_remote_code: bool = False) -> ModelLimits:
+    """Read from config.json, with the architecture's defaults for what the file leaves out."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise RequestError(f"{folder} can't be read as a transformers model: {error}") from None
+    positions = getattr(config, "max_position_embeddings", None)
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if positions and rope.get("rope_type") in ("linear", "dynamic"):
+        positions = int(positions * rope.get("factor", 1.0))  # the other kinds state the scaled length themselves
+    return ModelLimits(config.vocab_size, positions)
+
+
+def check_rows(rows: pl.DataFrame, limits: ModelLimits, model: Path) -> None:
+    """Raise RequestError, naming the first offending response, unless the model can take every row.
+
+    rows: ROW_COLUMNS. vLLM itself would lose a whole call over one row that is empty or too long, and hang on an id
+    beyond the embeddings.
+    """
+    prompt, response = pl.col("prompt_ids"), pl.col("response_ids")
+    prompt_length, response_length = prompt.list.len(), response.list.len()
+    smallest = pl.min_horizontal(prompt.list.min(), response.list.min())
+    largest = pl.max_horizontal(prompt.list.max(), response.list.max())
+    _refuse(
+        rows,
+        prompt_length == 0,
+        prompt_length,
+        lambda _: "has no prompt token; its own first token needs one before it. Run `dvc repro -f prepare`.",
+    )
+    _refuse(
+        rows,
+        response_length == 0,
+        response_length,
+        lambda _: "has no response token, so there is nothing to score. Run `dvc repro -f prepare`.",
+    )
+    _refuse(
+        rows,
+        (smallest < 0) | (largest >= limits.vocabulary),
+        pl.when(smallest < 0).then(smallest).otherwise(largest),
+        lambda found: (
+            f"has token id {found}, but {model} has {limits.vocabulary} embeddings "
+            f"(ids 0 to {limits.vocabulary - 1}). It was tokenised for another model; run `dvc repro`."
+        ),
+    )
+    if limits.positions is not None:
+        _refuse(
+            rows,
+            prompt_length + response_length > limits.positions,
+            prompt_length + response_length,
+            lambda found: (
+                f"has {found} tokens with its prompt, but {model} has {limits.positions} positions. "
+                f"Set prepare.max_tokens to {limits.positions} or less and run `dvc repro`."
+            ),
+        )
+
+
+def engine_length(longest: int, limits: ModelLimits, params: ScoreParams, *, what: str) -> EngineLength:
+    """vLLM's max_model_len for sequences of up to `longest` tokens. what: "responses with their prompts", say.
+
+    vLLM always samples one token after a prompt, so it needs one more than the longest row. A row may fill the model's
+    positions completely: the token sampled behind it is never fed back, so no position beyond the limit is computed,
+    and vLLM may be told to accept that length. Raises RequestError where params.max_model_len is too small or large.
+    """
+    needed = longest + 1
+    wanted = needed if params.max_model_len is None else params.max_model_len
+    if wanted < needed:
+        raise RequestError(
+            f"score.max_model_len is {wanted}, but {what} have up to {longest} tokens, and vLLM needs one more. "
+            f"Set it to {needed} or more, or to null."
+        )
+    if limits.positions is not None and wanted > limits.positions + 1:
+        raise RequestError(
+            f"score.max_model_len is {wanted}, but the model has {limits.positions} positions. "
+            f"Set it to {limits.positions + 1} or less, or to null (longest row and one more, here {needed})."
+        )
+    return EngineLength(wanted, limits.positions is not None and wanted > limits.positions)
+
+
+def longest_row(rows: pl.DataFrame) -> int:
+    """Tokens of the longest prompt with response; 0 for no rows."""
+    length = pl.col("prompt_ids").list.len() + pl.col("response_ids").list.len()
+    return int(rows.select(length.max()).item() or 0)
+
+
+def scoring_order(rows: pl.DataFrame) -> pl.DataFrame:
+    """All rows in the order of scoring: prompts with their responses together, longest first, ties by key.
+
+    Longest first shows at once whether memory suffices, and makes the estimate of remaining time an upper one. The
+    order depends on the set of rows alone; so the rows that a killed run left over are the tail of the same order, fall
+    into the same calls, and get the same numbers also where numbers depend on what else is in the batch (bfloat16).
+    """
+    length = pl.col("prompt_ids").list.len() + pl.col("response_ids").list.len()
+    return (
+        rows.with_columns(length.alias("_length"), length.max().over("prompt_key").alias("_group"))
+        .sort("_group", "prompt_key", "_length", "response_key", descending=[True, False, True, False])
+        .drop("_group", "_length")
+    )
+
+
+def calls(rows: pl.DataFrame, rows_per_call: int) -> Iterator[pl.DataFrame]:
+    """Cut ordered rows into calls of at most `rows_per_call`, splitting only prompts that have more rows than that."""
+    prompts = rows["prompt_key"].to_list()
+    start = 0
+    while start < len(prompts):
+        stop = min(start + rows_per_call, len(prompts))
+        if stop < len(prompts):
+            first = stop
+            while first > start and prompts[first - 1] == prompts[stop]:
+                first -= 1
+            stop = first if first > start else stop
+        yield rows[start:stop]
+        start = stop
+
+
+def engine_rows(rows: pl.DataFrame) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(prompt ids, response ids) as int32 arrays, one pair a row, as EngineProcess.score takes them."""
+    return list(zip(token_arrays(rows["prompt_ids"]), token_arrays(rows["response_ids"]), strict=True))
+
+
+def token_arrays(column: pl.Series) -> list[np.ndarray]:
+    """A list column as one int32 array a row."""
+    lengths = column.list.len().to_numpy().astype(np.int64)
+    flat = column.explode(empty_as_null=False, keep_nulls=False).to_numpy().astype(np.int32)
+    return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+
+def _refuse(rows: pl.DataFrame, bad: pl.Expr, value: pl.Expr, why: Callable[[int], str]) -> None:
+    found = rows.filter(bad).select("response_key", value.alias("value")).sort("response_key")
+    if found.is_empty():
+        return
+    key, first = found.row(0)
+    more = f" {len(found) - 1} more rows are like it." if len(found) > 1 else ""
+    raise RequestError(f"Response {key.hex()} {why(first)}{more}")

@@ -1,0 +1,85 @@
+"""The tokenizer: a model's own, used as it is, or a byte-level BPE trained on the sft rows for a from-scratch model."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RequestError
+from pipeline.params import ModelParams
+
+PAD, END = "<|pad|>", "<|end|>"
+TURNS = ("<|system|>", "<|user|>", "<|assistant|>")
+
+# One token opens a turn; only the assistant's turn is closed, by the end-of-turn token that generation stops at.
+SCRATCH_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] not in ['system', 'user', 'assistant'] -%}"
+    "{{- raise_exception('unknown role ' + message['role']) -}}{%- endif -%}"
+    "{{- '<|' + message['role'] + '|>' + message['content'] -}}"
+    "{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
+    """A byte-level BPE with padding, end and turn tokens and a chat template, as a PreTrainedTokenizerFast.
+
+    The same texts in the same order give the same tokenizer. The vocabulary is smaller than `vocabulary_size` where the
+    texts hold too few repeated pieces; models take len(tokenizer).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    # A token per digit: a small model learns arithmetic and number formats far sooner than with merged digits.
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[PAD, END, *TURNS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        eos_token=END,
+        extra_special_tokens=list(TURNS),
+        chat_template=SCRATCH_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(model: ModelParams) -> Any:
+    """The tokenizer of `model.name`. Raises RequestError where that is neither a usable local folder nor reachable."""
+    from transformers import AutoTokenizer
+
+    assert model.name is not None  # the caller trains one otherwise
+    try:
+        return AutoTokenizer.from_pretrained(
+            model.name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+        remedy = (
+            "The folder must hold a transformers tokenizer (tokenizer.json, or the files of an older form)."
+            if Path(model.name).is_dir()
+            else "Give a local folder, or the id of a model on the Hugging Face hub; the hub needs a network (or a "
+            "copy in its cache), and gated models a login. model.scratch needs neither."
+        )
+        raise RequestError(f"model.name: no tokenizer could be loaded from {model.name!r}. {remedy}\n{error}") from None
+
+
+def read_template(choice: str) -> str | None:
+    """The jinja text that prepare.chat_template names, or None for "auto" and "never". Raises RequestError."""
+    if choice in ("auto", "never"):
+        return None
+    try:
+        return Path(choice).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(
+            f"prepare.chat_template: {choice!r} is no readable file ({error}); give auto, never, or the path of a "
+            "jinja file."
+        ) from None

@@ -1,0 +1,267 @@
+"""The report's page and the template of `dvc plots` in a real browser without a network: drawn, silent, inert."""
+
+import fcntl
+import itertools
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from pipeline.plots_page import write_plots_page
+from tests.pipeline.report_inputs import change_json, report, write_inputs
+
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+EXECUTABLE = next(filter(None, map(shutil.which, BROWSERS)), None)
+pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason=f"none of {', '.join(BROWSERS)} is installed")
+
+TIMEOUT = 60  # seconds for one answer of the browser
+
+# Marks with an extent: a line of at least one segment, a dot, a rule that is longer than nothing.
+MARKS = """
+[...document.querySelectorAll(".chart")].map((box) => {
+  const drawn = [...box.querySelectorAll(".mark-line path, .mark-symbol path")]
+    .filter((path) => /[LA]/.test(path.getAttribute("d") || ""));
+  return [box.id, box.querySelector("svg") ? drawn.length : -1];
+})
+"""
+
+
+@dataclass
+class Visit:
+    """One opened page: what it complained about, what it asked for, and how to ask it."""
+
+    browser: "Browser"
+    session: str
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+    def evaluate(self, expression: str):
+        options = {"expression": expression, "awaitPromise": True, "returnByValue": True}
+        answer = self.browser.call("Runtime.evaluate", self.session, **options)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(answer["exceptionDetails"]["exception"].get("description", "exception"))
+        return answer["result"].get("value")
+
+    def wait_until(self, condition: str) -> None:
+        """Until a JavaScript expression is true; it is looked at whenever the page changes."""
+        self.evaluate(
+            f"new Promise((resume) => {{ const look = () => {{ if ({condition}) resume(); }}; look();"
+            "new MutationObserver(look).observe(document, { attributes: true, childList: true, subtree: true }); })"
+        )
+
+    def note(self, method: str, event: dict) -> None:
+        if method == "Runtime.exceptionThrown":
+            self.errors.append(event["exceptionDetails"]["exception"].get("description", "exception"))
+        elif method == "Runtime.consoleAPICalled":
+            text = " ".join(str(part.get("value", part)) for part in event["args"])
+            self._sort(event["type"]).append(text)
+        elif method == "Log.entryAdded":
+            self._sort(event["entry"]["level"]).append(event["entry"]["text"])
+        elif method == "Network.requestWillBeSent" and not event["request"]["url"].startswith("data:"):
+            self.requests.append(event["request"]["url"])
+
+    def _sort(self, level: str) -> list[str]:
+        return {"error": self.errors, "assert": self.errors, "warning": self.warnings}.get(level, [])
+
+
+class Browser:
+    """Headless Chromium over the DevTools protocol's pipe: JSON messages, each ended by a zero byte."""
+
+    def __init__(self, executable: str, profile: Path) -> None:
+        theirs_in, self._out = os.pipe()
+        self._in, theirs_out = os.pipe()
+        # Chromium reads descriptor 3 and writes 4; from high numbers, moving them there overwrites neither.
+        high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 20) for descriptor in (theirs_in, theirs_out)]
+        launch = f"import os, sys; os.dup2({high[0]}, 3); os.dup2({high[1]}, 4); os.execv(sys.argv[1], sys.argv[1:])"
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+        flags += ["--host-resolver-rules=MAP * ~NOTFOUND", "--no-first-run", "--disable-background-networking"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", launch, executable, *flags, "about:blank"],
+            pass_fds=high,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for descriptor in (theirs_in, theirs_out, *high):
+            os.close(descriptor)
+        self._numbers = itertools.count(1)
+        self._buffer = b""
+        self._visits: dict[str, Visit] = {}
+        self._loaded: set[str] = set()
+
+    def open(self, page: Path) -> Visit:
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        visit = self._visits[session] = Visit(self, session)
+        for domain in ("Runtime", "Log", "Network", "Page"):
+            self.call(f"{domain}.enable", session)
+        self.call("Page.navigate", session, url=page.as_uri())
+        while session not in self._loaded:
+            self._handle(self._read())
+        return visit
+
+    def call(self, method: str, session: str | None = None, **params) -> dict:
+        number = next(self._numbers)
+        message = {"id": number, "method": method, "params": params} | ({"sessionId": session} if session else {})
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._read()
+            if answer.get("id") == number:
+                assert "error" not in answer, f"{method}: {answer['error']}"
+                return answer["result"]
+            self._handle(answer)
+
+    def close(self) -> None:
+        try:
+            self.call("Browser.close")
+            self._process.wait(TIMEOUT)
+        finally:
+            self._process.kill()
+            os.close(self._in)
+            os.close(self._out)
+
+    def _handle(self, message: dict) -> None:
+        session = message.get("sessionId")
+        if message.get("method") == "Page.loadEventFired":
+            self._loaded.add(session)
+        if session in self._visits and "method" in message:
+            self._visits[session].note(message["method"], message["params"])
+
+    def _read(self) -> dict:
+        deadline = time.monotonic() + TIMEOUT
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._in], [], [], max(0, deadline - time.monotonic()))
+            chunk = os.read(self._in, 1 << 16) if ready else b""
+            assert chunk, f"the browser gave no answer within {TIMEOUT} s, or ended"
+            self._buffer += chunk
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(message)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    running = Browser(EXECUTABLE, tmp_path_factory.mktemp("profile"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    return report(write_inputs(tmp_path_factory.mktemp("report")))
+
+
+def troubles(visit: Visit, page: Path) -> list[str]:
+    """What is wrong with an opened report: errors, requests, charts that are not drawn."""
+    try:
+        visit.evaluate("window.reportReady.then(() => true)")
+    except RuntimeError as error:
+        return [f"not ready: {error}", *visit.errors]
+    marks = visit.evaluate(MARKS)
+    found = [f"{chart} has {count} marks" for chart, count in marks if count < 1]
+    found += [] if len(marks) >= 10 else [f"only {len(marks)} charts"]
+    return found + visit.errors + visit.warnings + [f"request: {url}" for url in visit.requests if url != page.as_uri()]
+
+
+def test_every_chart_is_drawn_without_an_error_a_warning_or_a_request(browser, page):
+    visit = browser.open(page)
+    assert troubles(visit, page) == []
+    charts = visit.evaluate(MARKS)
+    assert {"chart-rewards", "chart-logps", "chart-dcr", "chart-kl", "chart-reward", "chart-categories"} <= {
+        chart for chart, _ in charts
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "noticed"),
+    [
+        ('"table": "curves"', '"table": "cells"', "chart-loss has 0 marks"),
+        ("window.vegaEmbed=", "window.somethingElse=", "vegaEmbed is not defined"),
+        ('<div class="chart"', '<img src="https://example.org/x.png"><div class="chart"', "example.org"),
+    ],
+)
+def test_the_check_above_notices(browser, page, tmp_path, old, new, noticed):
+    """A chart without data, a bundle without Vega, a page that asks the network."""
+    text = page.read_text()
+    assert old in text
+    broken = tmp_path / "broken.html"
+    broken.write_text(text.replace(old, new))
+    assert any(noticed in trouble for trouble in troubles(browser.open(broken), broken))
+
+
+def test_markup_in_names_stays_text(browser, tmp_path):
+    hostile = "</script><script>window.harmed = 1</script><img src=x onerror='window.harmed = 1'>"
+    root = write_inputs(tmp_path, variants=["dpo"], seeds=[0])
+    categories = {hostile: {"pairs": 9, "rewards/accuracies": 0.5, "rewards/margins": 1.0, "dcr": 0.5}}
+    change_json(root / "results/dpo-0/evaluate.json", categories=categories)
+    change_json(root / "results/dpo-0/train.json", objective=hostile, hyperparameters={hostile: 1})
+    change_json(root / "data/prepared/summary.json", category_counts={hostile: 9})
+    page = report(root, variants=["dpo"], seeds=[0], title=hostile, settings={hostile: hostile})
+    visit = browser.open(page)
+    assert troubles(visit, page) == []
+    assert visit.evaluate("[document.title, window.harmed ?? null]") == [hostile, None]
+    assert visit.evaluate("document.images.length") == 0
+    labels = "[...document.querySelectorAll('#chart-categories svg text')].map((text) => text.textContent)"
+    assert any(label.startswith("</script><script>") for label in visit.evaluate(labels))
+
+
+def test_legend_hides_a_variant_in_every_chart(browser, page):
+    visit = browser.open(page)
+    assert troubles(visit, page) == []
+    before = dict(visit.evaluate(MARKS))
+    visit.evaluate("document.querySelector('.legend button[data-variant=bdpo]').click()")
+    visit.evaluate("new Promise((resume) => requestAnimationFrame(() => requestAnimationFrame(resume)))")
+    after = dict(visit.evaluate(MARKS))
+    assert after == {chart: count / 2 for chart, count in before.items()}
+    pressed = "[...document.querySelectorAll('.legend button')].map((button) => button.ariaPressed)"
+    assert visit.evaluate(pressed) == ["true", "false"] * 2
+
+
+def test_pointing_at_a_curve_reads_off_every_variant(browser, page):
+    visit = browser.open(page)
+    assert troubles(visit, page) == []
+    visit.evaluate("document.getElementById('figure-margins').scrollIntoView()")
+    place = "(({ x, y, width, height }) => [x + width / 2, y + height / 2])"
+    x, y = visit.evaluate(f"{place}(document.querySelector('#chart-margins svg').getBoundingClientRect())")
+    for dx in (0, 2):
+        browser.call("Input.dispatchMouseEvent", visit.session, type="mouseMoved", x=x + dx, y=y)
+    visit.wait_until("document.querySelector('#vg-tooltip-element.visible')")
+    words = visit.evaluate("document.getElementById('vg-tooltip-element').innerText").split()
+    step = int(words[words.index("step") + 1])
+    assert 15 <= step <= 25
+    # The margins of the made-up histories: step / 40 and twice that.
+    assert float(words[words.index("dpo") + 1]) == pytest.approx(step / 40)
+    assert float(words[words.index("bdpo") + 1]) == pytest.approx(step / 20)
+
+
+def test_clicking_a_heading_sorts_by_value_and_keeps_the_reference_on_top(browser, page):
+    visit = browser.open(page)
+    order = "[...document.querySelectorAll('#results tbody th[scope=row]')].slice(0, 3).map((th) => th.textContent)"
+    click = "[...document.querySelectorAll('#results th button')].find((b) => b.textContent == 'KL').click()"
+    visit.evaluate(f"{click}; {click}")
+    assert visit.evaluate(order) == ["reference", "bdpo", "dpo"]
+    visit.evaluate(click)
+    assert visit.evaluate(order) == ["reference", "dpo", "bdpo"]
+
+
+def test_dvc_plots_are_drawn_offline_with_the_page_template(browser, tmp_path):
+    from dvc_render import VegaRenderer, render_html
+
+    template = write_plots_page(tmp_path / "plots/offline.html")
+    points = [{"step": str(step), "logps/chosen": str(-20.0 - step), "rev": "workspace"} for step in range(5)]
+    charts = [
+        VegaRenderer([dict(point) for point in points], name, x="step", y="logps/chosen", template=name)
+        for name in ("linear", "simple", "scatter")
+    ]
+    page = Path(render_html(charts, tmp_path / "out/index.html", html_template=template))
+    visit = browser.open(page)
+    drawn = "['linear', 'simple', 'scatter'].every((id) => document.getElementById(id).querySelector('svg'))"
+    visit.wait_until(drawn)
+    assert visit.evaluate("document.querySelector('#simple .mark-line path').getAttribute('d').includes('L')")
+    assert (visit.errors, visit.requests) == ([], [page.as_uri()])

@@ -1,0 +1,70 @@
+"""A tiny random reference model that vLLM can run on CPU, and adversarial rows for it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.tiny import EOS, TINY_MODEL, VOCABULARY, write_tokenizer
+
+POSITIONS = 300
+# vLLM's CPU attention has no kernel for heads of 16, and multiples of its block size (128) must fit.
+MODEL = TINY_MODEL | {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": POSITIONS}
+
+
+def write_model(folder: Path, *, seed: int = 0) -> Path:
+    """Weights large enough that neighbouring positions differ by nats, so that a shifted read can't pass."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = Qwen2Config(vocab_size=VOCABULARY, eos_token_id=EOS, initializer_range=0.3, **MODEL)
+        Qwen2ForCausalLM(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def transformers_token_logps(model: Path, rows: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """log p(token | all before it) of every token but the very first, float32, straight from all logits."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    found = []
+    for prompt, response in rows:
+        ids = torch.tensor([[*prompt, *response]])
+        with torch.no_grad():
+            logps = loaded(ids).logits[0].log_softmax(-1)
+        found.append(logps[:-1].gather(1, ids[0, 1:, None])[:, 0].numpy())
+    return found
+
+
+def adversarial_rows(seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(prompt ids, response ids): lengths of one, of blocks, of the limit; shared, nested and repeated responses."""
+    random = np.random.default_rng(seed)
+
+    def draw(n: int) -> np.ndarray:
+        return random.integers(3, VOCABULARY, n).astype(np.int32)
+
+    rows = [(draw(p), draw(r)) for p in (1, 2, 127, 128, 129, 256) for r in (1, 2, 40)]
+    rows.append((draw(1), draw(POSITIONS - 1)))
+    rows.append((draw(POSITIONS - 1), draw(1)))
+    rows.append((draw(128), draw(POSITIONS - 128)))
+    shared, opening, tail = draw(128), draw(30), draw(10)
+    rows += [(shared, opening[:n]) for n in (1, 2, 29, 30)]  # each a prefix of the next
+    rows += [(shared, np.append(opening, last).astype(np.int32)) for last in (5, 6, EOS)]  # alike but for the last
+    rows += [(prompt, tail) for prompt in (draw(1), draw(64), shared, shared[:127])]  # one response, many prompts
+    rows += [(shared, tail[:0:-1].copy()), (shared, np.full(12, 7, np.int32))]
+    return rows
+
+
+@contextmanager
+def quick_engine() -> Iterator[pytest.MonkeyPatch]:
+    """Settings under which a tiny engine starts fastest and leaves the machine to others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles a kernel at its first answer otherwise
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield patch
