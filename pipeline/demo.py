@@ -202,9 +202,7 @@ def _prompts(params: DemoParams, count: int, *, sft: bool) -> Iterator[str]:
                 break
         else:
             option = "prepare.demo.sft_rows" if sft else "prepare.demo.prompts"
-            raise RequestError(
-                f"{option}: the demo has about {number} distinct prompts for this, {count} were asked for."
-            )
+            raise RequestError(f"{option} is {count}, but the demo has only about {number} distinct prompts for it.")
         seen.add(prompt)
         yield prompt
 

@@ -170,6 +170,9 @@ def engine_environment(params: ScoreParams) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
+    if params.enforce_eager:
+        # vLLM would still compile the kernel that ranks tokens, in the first call: 3 to 6 s for ranks nobody asked for.
+        defaults["TORCHDYNAMO_DISABLE"] = "1"
     # This package must be found again, also where it is not installed and the stage runs in another folder.
     here = str(Path(__file__).parents[1])
     search = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))

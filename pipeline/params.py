@@ -27,7 +27,7 @@ class ScratchModel(Section):
     """A model built from a config with random weights: any causal architecture that transformers knows."""
 
     architecture: str = "qwen2"  # transformers' model_type
-    vocabulary_size: Annotated[int, Field(ge=260)] = 1024  # of the byte-level BPE tokenizer trained on the sft rows
+    vocabulary_size: Annotated[int, Field(ge=261)] = 1024  # of the BPE trained on the sft rows; 261: bytes and specials
     config: dict[str, Any] = Field(default_factory=dict)  # passed to the architecture's config class
     seed: NonNegative = 0
 
@@ -128,6 +128,10 @@ class PrepareParams(Section):
             raise ValueError("sft.source: files needs prepare.sft.files (file names under prepare.input)")
         if self.sft.source == "demo" and self.source != "demo":
             raise ValueError("sft.source: demo goes with source: demo; choose files, pairs or none")
+        pairs_files = self.files.pairs if self.source == "files" and self.files else []
+        foreign = [name for name in self.sft.pairs_files if name not in pairs_files]
+        if self.sft.source == "pairs" and foreign:
+            raise ValueError(f"sft.pairs_files names {foreign}, which are not among prepare.files.pairs {pairs_files}")
         return self
 
 

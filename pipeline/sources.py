@@ -55,11 +55,9 @@ def read_file(folder: Path, name: str) -> Iterator[Row | BadRow]:
 def read_dataset(params: HubParams, split: str, folder: Path) -> Iterator[Row | BadRow]:
     """The rows of one split of a hub dataset, or of a local dataset folder (under `folder` or the working directory).
 
-    Raises RequestError for an unknown dataset, config or split, an unreachable hub, or an empty split.
+    Raises RequestError for an unknown dataset, config or split, an unreachable hub, or an empty dataset.
     """
     dataset = _load_dataset(params, split, folder)
-    if len(dataset) == 0:
-        raise RequestError(f"split {split!r} of dataset {params.dataset} is empty; expected at least one row.")
     start = 0
     for table in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
         yield from _table_rows(table, f"{params.dataset}:{split}", start)
@@ -155,7 +153,7 @@ def _load_dataset(params: HubParams, split: str, folder: Path) -> Any:
         if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
             return _saved_split(datasets.load_from_disk(str(local)), params, split)
         return datasets.load_dataset(str(local), params.config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:  # IndexError: saved empty
         if isinstance(error, RequestError):
             raise
         raise RequestError(

@@ -3,7 +3,7 @@ from collections import Counter, defaultdict
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.demo import (
@@ -12,7 +12,6 @@ from pipeline.demo import (
     MIN_REWARD,
     demo_rows,
     demo_sft_rows,
-    preference_probability,
     solve,
     true_reward,
 )
@@ -84,6 +83,7 @@ def test_reward_of_sorted_letters(response, reward):
     assert true_reward("Sort b a d.", response) == pytest.approx(reward)
 
 
+@settings(deadline=None)  # machines under load
 @given(st.sampled_from([row.values["prompt"] for row in ROWS]), st.text() | st.from_regex(r"(Answer: ?)?-?\d*[a-e ]*"))
 def test_any_response_has_a_bounded_reward(prompt, response):
     assert MIN_REWARD <= true_reward(prompt, response) <= MAX_REWARD
@@ -127,7 +127,7 @@ def test_preferences_follow_bradley_terry_on_the_true_reward():
     for low, high in pairwise(bands):
         inside = [d for d in differences if low <= abs(d) < high]
         assert len(inside) > 200
-        expected = [preference_probability(abs(d), 0.0) for d in inside]
+        expected = [1 / (1 + math.exp(-abs(d))) for d in inside]
         error = math.sqrt(sum(p * (1 - p) for p in expected))
         assert abs(sum(d > 0 for d in inside) - sum(expected)) < 4 * error
 
@@ -166,5 +166,5 @@ def test_the_rows_never_change_between_releases():
 
 
 def test_more_prompts_than_there_are_is_a_wrong_request():
-    with pytest.raises(RequestError, match=r"prepare\.demo\.prompts.*distinct prompts"):
+    with pytest.raises(RequestError, match=r"prepare\.demo\.prompts is 100000.*distinct prompts"):
         list(demo_rows(DemoParams(prompts=100_000)))

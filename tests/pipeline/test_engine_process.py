@@ -79,13 +79,15 @@ def test_the_engine_dies_with_a_killed_stage(tmp_path):
 
 
 def test_the_environment_is_set_before_the_engine_starts(monkeypatch):
-    for name in ("MALLOC_MMAP_MAX_", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING"):
+    for name in ("MALLOC_MMAP_MAX_", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING", "TORCHDYNAMO_DISABLE"):
         monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
     found = engine_environment(ScoreParams(cpu_kv_cache_gib=3))
     assert found["MALLOC_MMAP_MAX_"] == "0" and found["MALLOC_TRIM_THRESHOLD_"] == "17179869184"
     assert found["VLLM_CPU_KVCACHE_SPACE"] == "3" and found["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert found["VLLM_NO_USAGE_STATS"] == found["DO_NOT_TRACK"] == "1"
+    assert "TORCHDYNAMO_DISABLE" not in found
+    assert engine_environment(ScoreParams(enforce_eager=True))["TORCHDYNAMO_DISABLE"] == "1"
     assert dict(os.environ) == before
 
 

@@ -17,7 +17,7 @@ from pipeline.errors import RequestError
 from pipeline.params import ModelParams, PrepareParams
 from pipeline.prepared_data import SFT_SCHEMA, read_pairs, read_responses, read_sft
 from tests.pipeline import chat_tokenizers
-from tests.pipeline.preparing import SCRATCH, digests, file_params, pair_rows, prepare_into, sft_rows, write_jsonl
+from tests.pipeline.preparing import digests, file_params, pair_rows, prepare_into, sft_rows, write_jsonl
 
 DEMO = PrepareParams.model_validate({"demo": {"prompts": 40, "sft_rows": 60}})
 
@@ -231,7 +231,7 @@ def test_every_effect_of_the_limits_is_counted(tmp_path, plain_model):
     params = file_params(tmp_path / "in", **limits, long_prompts="truncate_left")
     summary = prepare_into(tmp_path / "cut", params, plain_model)
     assert summary["dropped_prompts_too_long"] == 0
-    assert summary["truncated_prompts"] == 1  # both end in "r too long" and "h too long": see below
+    assert summary["truncated_prompts"] == 2
     assert summary["prompts"]["train"] == 3
 
 
@@ -262,10 +262,9 @@ def test_a_template_file_is_used_and_kept_with_the_tokenizer(folder, tmp_path, p
     params = file_params(folder, sft={"source": "none"}, chat_template=str(tmp_path / "chat.jinja"))
     prepare_into(tmp_path / "out", params, plain_model)
     assert (tmp_path / "out" / "tokenizer" / "chat_template.jinja").read_text() == chat_tokenizers.COLONS
-    prompt = read_responses(tmp_path / "out" / "pairs")["prompt_ids"][0]
-    assert len(prompt) == len("user: What follows 1?\nassistant: ") or len(prompt) == len(
-        "user: What follows 11?\nassistant: "
-    )
+    prompt_ids = read_responses(tmp_path / "out" / "pairs")["prompt_ids"][0]
+    prompt = chat_tokenizers.plain().decode(prompt_ids)
+    assert prompt.startswith("user: What follows ") and prompt.endswith("?\nassistant: ")
 
 
 def test_a_chat_model_can_be_used_without_its_template(folder, tmp_path):
@@ -284,44 +283,3 @@ def test_a_from_scratch_model_can_be_trained_on_plain_text(folder, tmp_path):
     prepare_into(tmp_path / "out", file_params(folder, chat_template="never"))
     row = read_responses(tmp_path / "out" / "pairs").row(0, named=True)
     assert row["response_ids"][-1] == 1 and not set(row["prompt_ids"]) & {0, 1, 2, 3, 4}  # no special token but the end
-
-
-# writing --------------------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_of_other_things_is_not_replaced_by_the_tokenizer(folder, tmp_path):
-    (tmp_path / "out" / "tokenizer").mkdir(parents=True)
-    (tmp_path / "out" / "tokenizer" / "thesis.tex").write_text("years of work")
-    with pytest.raises(RequestError, match="holds files and no tokenizer"):
-        prepare_into(tmp_path / "out", file_params(folder))
-    assert digests(tmp_path / "out").keys() == {"tokenizer/thesis.tex"}
-
-
-def test_a_failure_while_writing_leaves_the_earlier_outputs(folder, tmp_path, monkeypatch):
-    prepare_into(tmp_path / "out", file_params(folder))
-    before = digests(tmp_path / "out")
-    write_jsonl(folder / "pairs.jsonl", pair_rows(30))
-
-    def full_disk(*_args, **_options):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("pipeline.prepare.json.dumps", full_disk)  # the last thing that is written
-    with pytest.raises(OSError, match="No space left"):
-        prepare_into(tmp_path / "out", file_params(folder))
-    assert digests(tmp_path / "out") == before
-
-
-def test_what_a_killed_run_left_behind_is_cleared_away(folder, tmp_path):
-    out = tmp_path / "out"
-    (out / ".tokenizer.new").mkdir(parents=True)
-    (out / ".tokenizer.new" / "half.json").write_text("{")
-    (out / ".tokenizer.old").mkdir()
-    prepare_into(out, file_params(folder))
-    assert not list(out.rglob(".*"))
-
-
-def test_other_columns_and_earlier_tokenizers_do_not_linger(folder, tmp_path, plain_model):
-    prepare_into(tmp_path / "out", file_params(folder), SCRATCH)
-    assert (tmp_path / "out" / "tokenizer" / "chat_template.jinja").exists()
-    prepare_into(tmp_path / "out", file_params(folder), plain_model)
-    assert not (tmp_path / "out" / "tokenizer" / "chat_template.jinja").exists()

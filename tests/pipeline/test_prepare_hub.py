@@ -81,8 +81,7 @@ def test_an_unknown_dataset_or_split_is_a_wrong_request(saved, tmp_path, hub, me
         prepare_into(tmp_path / "out", hub_params(saved, **hub))
 
 
-def test_an_empty_split_is_a_wrong_request(tmp_path):
-    empty = datasets.Dataset.from_list(pair_rows(2)).select([])
-    empty.save_to_disk(tmp_path / "in" / "empty")
-    with pytest.raises(RequestError, match="is empty"):
+def test_an_empty_dataset_is_a_wrong_request(tmp_path):
+    datasets.Dataset.from_list(pair_rows(2)).select([]).save_to_disk(tmp_path / "in" / "empty")
+    with pytest.raises(RequestError, match=r"dataset empty .*could not be loaded"):
         prepare_into(tmp_path / "out", hub_params(tmp_path / "in", dataset="empty"))

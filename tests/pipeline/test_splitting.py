@@ -1,4 +1,4 @@
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.splitting import is_selected, share_of, side_of
@@ -8,6 +8,7 @@ SEED = st.integers(0, 2**32)
 SHARE = st.floats(0, 1, exclude_max=True)
 
 
+@settings(deadline=None)  # machines under load
 @given(TEXT, SEED, SHARE, SHARE)
 def test_a_larger_test_share_only_moves_prompts_to_test(text, seed, one, other):
     low, high = sorted([one, other])
@@ -16,6 +17,7 @@ def test_a_larger_test_share_only_moves_prompts_to_test(text, seed, one, other):
     assert side_of(text, seed=seed, test_share=0) == "train"
 
 
+@settings(deadline=None)  # machines under load
 @given(TEXT, SHARE, SHARE)
 def test_a_larger_share_of_sft_prompts_keeps_those_selected_before(text, one, other):
     low, high = sorted([one, other])

@@ -107,7 +107,8 @@ def test_no_way_to_end_a_response_is_a_wrong_request():
 
 
 def test_a_template_whose_dialogue_does_not_begin_with_its_prompt_is_a_wrong_request():
-    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>>{% endif %}"
+    turns = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}>>{% endif %}"
     with pytest.raises(RequestError, match=r"(?s)cannot be told from the prompt.*2\+2\?>>.*prepare\.chat_template"):
         encode_one(byte_tokenizer(["</s>"], eos="</s>", template=template), ASK, "4")
 

@@ -65,6 +65,5 @@ def adversarial_rows(seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
 def quick_engine() -> Iterator[pytest.MonkeyPatch]:
     """Settings under which a tiny engine starts fastest and leaves the machine to others."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # vLLM compiles a kernel at its first answer otherwise
         patch.setenv("OMP_NUM_THREADS", "1")
         yield patch
