@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from cache import Reference
-from pipeline.progress import progress_bar
+from pipeline.progress import activity, progress_bar
 from pipeline.scoring_plan import engine_rows
 
 FILE = "drift.json"
@@ -113,10 +113,11 @@ def transformers_logps(
 
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
-    )
-    trainer = ResponseLogps(loaded.to(device).eval(), _CHUNK_TOKENS)
+    with activity(f"loading {model} in transformers"):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
+        trainer = ResponseLogps(loaded.to(device).eval(), _CHUNK_TOKENS)
     found = []
     tokens = sum(len(prompt) + len(response) for prompt, response in rows)
     with torch.inference_mode(), progress_bar("drift", len(rows), tokens=tokens) as advance:

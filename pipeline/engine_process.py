@@ -129,7 +129,7 @@ class EngineProcess:
     def _failure(self, what: str) -> RunFailed:
         tail = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES_SHOWN:]
         return RunFailed(
-            f"the vLLM engine {what}.\n"
+            f"The vLLM engine {what.rstrip('.')}.\n"
             f"Its log {self.log} ends with:\n" + "\n".join(f"  {line}" for line in tail) + "\n"
             "Rows finished before are kept: run the same command again to go on from there."
         )

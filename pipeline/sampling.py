@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from pipeline.errors import RequestError
+from pipeline.progress import activity
 from pipeline.workspace import scratch_folder
 
 
@@ -75,7 +76,8 @@ def loadable(policy: Path, reference_model: Path, *, trust_remote_code: bool = F
     _remove_orphans()
     merged = Path(tempfile.mkdtemp(prefix=f"merged-{os.getpid()}-", dir=scratch_folder()))
     try:
-        _merge(policy, reference_model, merged, trust_remote_code=trust_remote_code)
+        with activity(f"merging {policy} into {reference_model}"):
+            _merge(policy, reference_model, merged, trust_remote_code=trust_remote_code)
         yield merged
     finally:
         shutil.rmtree(merged, ignore_errors=True)
