@@ -19,6 +19,7 @@ setup: $(SETUP)
 
 $(SETUP): pyproject.toml setup.sh
 	PYTHON=$(PYTHON) VENV=$(VENV) sh setup.sh $(VARIANT)
+	rm -f $(VENV)/.set-up-*
 	touch $@
 
 demo: setup

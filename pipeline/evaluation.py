@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,27 +114,30 @@ class _Cell(NamedTuple):
     def run(self, policy: Path, responses: pl.DataFrame) -> tuple[dict[bytes, float], dict[str, Any]]:
         """Summed log-probs of `responses` under the policy by key, and the metrics of sampled answers."""
         prompts = choose_prompts(responses, self.params.prompts)
-        with EngineProcess(self.engine, log=log_file(f"evaluate-{self.name}-policy")) as policy_engine:
+        with ExitStack() as stack:
+            # Both processes import vLLM at once; their models are loaded one after the other.
+            policy_engine = stack.enter_context(self._start("policy"))
+            reference_engine = stack.enter_context(self._start("reference")) if len(prompts) else None
             length = self._length(policy, responses, prompts)
             stop = stop_token_ids(self.reference_model, responses)
             policy_engine.load(policy, length, trust_remote_code=self.trust_remote_code)
-            if prompts.is_empty():
-                return self._score(policy_engine, responses, "policy"), _sample_metrics(None)
-            # Started now, the other process imports vLLM while this one works.
-            with EngineProcess(self.engine, log=log_file(f"evaluate-{self.name}-reference")) as reference_engine:
-                sums = self._score(policy_engine, responses, "policy")
-                samples = self._sample(policy_engine, prompts, stop, "policy")
-                own = self._score(policy_engine, samples.rows, "policy's answers")
-                policy_engine.close()  # its memory is the other's
-                reference_engine.load(self.reference_model, length, trust_remote_code=self.trust_remote_code)
-                theirs = self._score(reference_engine, samples.rows, "reference on them")
-                rewards = None
-                if _is_demo(responses, prompts):
-                    baseline = self._sample(reference_engine, prompts, stop, "reference")
-                    rewards = _expected_reward(samples, baseline, load_tokenizer(self.reference_model))
-        keys = samples.rows["response_key"]
-        kl = samples.by_prompt([own[key] - theirs[key] for key in keys])
+            sums = self._score(policy_engine, responses, "policy")
+            if reference_engine is None:
+                return sums, _sample_metrics(None)
+            samples = self._sample(policy_engine, prompts, stop, "policy")
+            own = self._score(policy_engine, samples.rows, "policy on its answers")
+            policy_engine.close()  # its memory is the other's
+            reference_engine.load(self.reference_model, length, trust_remote_code=self.trust_remote_code)
+            theirs = self._score(reference_engine, samples.rows, "reference on them")
+            rewards = None
+            if _is_demo(responses, prompts):
+                baseline = self._sample(reference_engine, prompts, stop, "reference")
+                rewards = _expected_reward(samples, baseline, load_tokenizer(self.reference_model))
+        kl = samples.by_prompt([own[key] - theirs[key] for key in samples.rows["response_key"]])
         return sums, _sample_metrics(kl, rewards)
+
+    def _start(self, who: str) -> EngineProcess:
+        return EngineProcess(self.engine, log=log_file(f"evaluate-{self.name}-{who}"))
 
     def _length(self, policy: Path, responses: pl.DataFrame, prompts: pl.DataFrame) -> EngineLength:
         limits = model_limits(policy, trust_remote_code=self.trust_remote_code)

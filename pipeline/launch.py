@@ -93,7 +93,9 @@ def publish(work: Path, *, out: Path, history: Path, metrics: Path, summary: dic
         shutil.rmtree(out)
     shutil.move(work / "model", out)
     shutil.copyfile(work / "history.tsv", history)
-    metrics.write_text(json.dumps(summary, indent=1) + "\n")
+    unfinished = metrics.with_suffix(".json.partial")
+    unfinished.write_text(json.dumps(summary, indent=1) + "\n")
+    os.replace(unfinished, metrics)  # last: it means that model and history are there
     shutil.rmtree(work)
 
 

@@ -166,6 +166,7 @@ def _write_metrics(
         "rows_per_second": round(work.rows * per_second, 3),
         "tokens_per_second": round(work.tokens * per_second, 1),
         "reference_id": identity.reference_id,
+        "identity": identity.to_dict(),
         "drift": measured,
     }
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,138 @@
+"""The whole pipeline through `dvc repro`, as a user runs it, on a few dozen pairs in files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+from ruamel.yaml import YAML
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+
+
+def pair(number: int, answer: int) -> str:
+    """One pair; all pairs of a number share prompt and chosen response."""
+    row = {
+        "prompt": f"What is {number} plus {number}?",
+        "chosen": f"It is {2 * number}.",
+        "rejected": f"It is {answer}.",
+    }
+    return json.dumps(row) + "\n"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A clone's worth of files with small parameters and data of its own."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / ".dvc").mkdir()
+    shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
+    yaml = YAML(typ="safe", pure=True)
+    params = yaml.load(ROOT / "params.yaml")
+    params["model"]["scratch"] |= {"vocabulary_size": 300, "config": TINY}
+    params["prepare"] |= {"source": "files", "files": {"pairs": ["pairs.jsonl"]}, "test_share": 0.25}
+    params["prepare"]["sft"] = {"source": "files", "files": ["sft.jsonl"]}
+    params["sft"]["epochs"] = 1.0
+    params["train"]["epochs"] = 1.0
+    params["sweep"]["variants"] = ["bdpo"]
+    params["evaluate"] |= {"prompts": 4, "samples_per_prompt": 2, "max_new_tokens": 8}
+    (folder / "params.yaml").write_text(json.dumps(params))
+    data = folder / "data/input"
+    data.mkdir(parents=True)
+    sft = [json.dumps({"prompt": f"What is {n} plus 1?", "completion": f"It is {n + 1}."}) for n in range(64)]
+    (data / "sft.jsonl").write_text("\n".join(sft))
+    (data / "pairs.jsonl").write_text("".join(pair(n, n + a) for n in range(40) for a in (3, 500)))
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.com"]
+        subprocess.run(["git", *identity, *command], cwd=folder, check=True)
+    return folder
+
+
+def dvc(project: Path, *words: str) -> str:
+    """Run dvc there; returns what it printed, for `Running stage` lines."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"}
+    environment.pop("REFCACHE_HOME", None)
+    done = subprocess.run(["dvc", *words], cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def ran(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def score_metrics(project: Path) -> dict:
+    return json.loads((project / "results/score/metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def first_run(project) -> list[str]:
+    return ran(dvc(project, "repro"))
+
+
+def test_one_command_runs_every_stage_and_scores_shared_responses_once(project, first_run):
+    assert first_run == ["prepare", "sft", "score", "train@bdpo-0", "evaluate@bdpo-0", "report"]
+    pairs = pl.read_parquet(project / "data/prepared/pairs/pairs.parquet")
+    assert len(pairs) == 80 and set(pairs["split"]) == {"train", "test"}
+    assert score_metrics(project)["rows_scored"] == 120  # 40 chosen, shared by two pairs each, and 80 rejected
+    assert pl.scan_parquet(project / "data/reference/logps/*.parquet").collect().height == 120
+    assert (project / "report/index.html").stat().st_size > 100_000
+    first = (project / "results/bdpo-0/history.tsv").read_text().splitlines()[1].split("\t")
+    assert float(first[2]) == pytest.approx(0.693147, abs=1e-4)
+    assert {"kl", "dcr", "rewards/accuracies"} <= json.loads(
+        (project / "results/bdpo-0/evaluate.json").read_text()
+    ).keys()
+
+
+def test_a_second_run_does_nothing(project, first_run):
+    assert ran(dvc(project, "repro")) == []
+
+
+def test_changing_a_beta_trains_evaluates_and_reports_but_scores_nothing(project, first_run):
+    before = score_metrics(project)
+    params = json.loads((project / "params.yaml").read_text())
+    params["train"]["variants"]["bdpo"]["beta"] = 0.2
+    (project / "params.yaml").write_text(json.dumps(params))
+    assert ran(dvc(project, "repro", "--dry")) == ["train@bdpo-0", "evaluate@bdpo-0", "report"]
+    assert score_metrics(project) == before
+
+
+def test_five_per_cent_new_pairs_score_only_the_new_responses_and_leave_sft_alone(project, first_run):
+    reference = (project / "models/reference/model.safetensors").read_bytes()
+    with (project / "data/input/pairs.jsonl").open("a") as file:
+        file.write(pair(100, 103) + pair(100, 600) + pair(101, 104) + pair(0, 77))
+    assert ran(dvc(project, "repro", "score")) == ["prepare", "score"]
+    metrics = score_metrics(project)
+    assert (metrics["rows_scored"], metrics["rows_reused"]) == (6, 120)
+    assert (project / "models/reference/model.safetensors").read_bytes() == reference
+
+
+def test_bad_input_under_dvc_loses_nothing(project, first_run):
+    kept = {file: file.read_bytes() for file in (project / "data/prepared").rglob("*") if file.is_file()}
+    rows = project / "data/input/pairs.jsonl"
+    good = rows.read_text()
+    rows.write_text(good + "{broken\n")
+    try:
+        with pytest.raises(AssertionError, match=rf"pairs\.jsonl:{len(good.splitlines()) + 1}"):
+            dvc(project, "repro", "prepare")
+    finally:
+        rows.write_text(good)
+    assert {file: file.read_bytes() for file in (project / "data/prepared").rglob("*") if file.is_file()} == kept
+    assert list((project / "data/reference/logps").glob("*.parquet"))
