@@ -79,11 +79,13 @@ def test_the_engine_dies_with_a_killed_stage(tmp_path):
 
 
 def test_the_environment_is_set_before_the_engine_starts(monkeypatch):
-    for name in ("MALLOC_MMAP_MAX_", "VLLM_CPU_KVCACHE_SPACE", "VLLM_ENABLE_V1_MULTIPROCESSING", "TORCHDYNAMO_DISABLE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in os.environ:
+        if name.startswith(("MALLOC_", "GOMP_", "VLLM_", "TORCHDYNAMO_")) or name == "DO_NOT_TRACK":
+            monkeypatch.delenv(name)
     before = dict(os.environ)
     found = engine_environment(ScoreParams(cpu_kv_cache_gib=3))
     assert found["MALLOC_MMAP_MAX_"] == "0" and found["MALLOC_TRIM_THRESHOLD_"] == "17179869184"
+    assert found["GOMP_SPINCOUNT"] == "1000"
     assert found["VLLM_CPU_KVCACHE_SPACE"] == "3" and found["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert found["VLLM_NO_USAGE_STATS"] == found["DO_NOT_TRACK"] == "1"
     assert "TORCHDYNAMO_DISABLE" not in found

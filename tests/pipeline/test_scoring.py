@@ -57,7 +57,7 @@ def write_prepared(folder, rows):
     return folder
 
 
-class Workplace:
+class Project:
     """Pairs, a model, and a place for the journal and the reference cache."""
 
     def __init__(self, root, model, rows):
@@ -96,14 +96,14 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, model):
     """A run that nothing interrupted."""
-    place = Workplace(tmp_path_factory.mktemp("finished"), model, adversarial_rows())
+    place = Project(tmp_path_factory.mktemp("finished"), model, adversarial_rows())
     place.summary = place.score()
     return place
 
 
 @pytest.fixture
 def place(tmp_path, model):
-    return Workplace(tmp_path, model, adversarial_rows())
+    return Project(tmp_path, model, adversarial_rows())
 
 
 @pytest.fixture
