@@ -57,7 +57,7 @@ def project(tmp_path_factory) -> Path:
     data.mkdir(parents=True)
     sft = [json.dumps({"prompt": f"What is {n} plus 1?", "completion": f"It is {n + 1}."}) for n in range(64)]
     (data / "sft.jsonl").write_text("\n".join(sft))
-    (data / "pairs.jsonl").write_text("".join(pair(n, n + a) for n in range(40) for a in (3, 500)))
+    (data / "pairs.jsonl").write_text("".join(pair(n, 2 * n + a) for n in range(40) for a in (3, 500)))
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
         identity = ["-c", "user.name=test", "-c", "user.email=test@example.com"]
         subprocess.run(["git", *identity, *command], cwd=folder, check=True)
@@ -117,7 +117,7 @@ def test_changing_a_beta_trains_evaluates_and_reports_but_scores_nothing(project
 def test_five_per_cent_new_pairs_score_only_the_new_responses_and_leave_sft_alone(project, first_run):
     reference = (project / "models/reference/model.safetensors").read_bytes()
     with (project / "data/input/pairs.jsonl").open("a") as file:
-        file.write(pair(100, 103) + pair(100, 600) + pair(101, 104) + pair(0, 77))
+        file.write(pair(100, 203) + pair(100, 600) + pair(101, 205) + pair(0, 77))
     assert ran(dvc(project, "repro", "score")) == ["prepare", "score"]
     metrics = score_metrics(project)
     assert (metrics["rows_scored"], metrics["rows_reused"]) == (6, 120)
