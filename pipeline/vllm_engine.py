@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
+from vllm.platforms import current_platform
 
 from pipeline.params import ScoreParams
 from pipeline.prompt_logprobs import response_logps
@@ -35,7 +36,7 @@ class VLLMEngine:
             quantization=params.quantization,
             max_model_len=length.max_model_len,
             max_num_seqs=params.max_num_seqs,
-            max_num_batched_tokens=params.max_num_batched_tokens,
+            **_step_budget(params, length.max_model_len),
             tensor_parallel_size=params.tensor_parallel_size,
             enforce_eager=params.enforce_eager,
             trust_remote_code=trust_remote_code,
@@ -95,6 +96,16 @@ class VLLMEngine:
         requests = [TokensPrompt(prompt_token_ids=prompt.tolist()) for prompt in prompts]
         outputs = self.llm.generate(requests, params, use_tqdm=_reporter(on_finished))
         return [[list(sample.token_ids) for sample in output.outputs] for output in outputs]
+
+
+def _step_budget(params: ScoreParams, max_model_len: int) -> dict[str, Any]:
+    """How many tokens one engine step takes, and whether it may take part of a prompt."""
+    if not current_platform.is_cpu():
+        return {"max_num_batched_tokens": params.max_num_batched_tokens}
+    # A prompt cut into chunks makes vLLM 0.32 rewind its request's random generator, which CPU generators can't:
+    # "CPU Generator does not use offset" ends the engine. Whole prompts then; one must fit into a step.
+    budget = max(params.max_num_batched_tokens, max_model_len)
+    return {"max_num_batched_tokens": budget, "enable_chunked_prefill": False}
 
 
 def _reporter(on_finished: OnFinished) -> Callable[..., tqdm]:

@@ -114,6 +114,13 @@ def test_a_seed_fixes_the_samples(engine):
     assert sample(engine, seed=1) != first
 
 
+def test_prompts_that_overfill_one_engine_step_are_sampled_as_they_are_alone(engine):
+    """Four of 200 tokens against a budget of 512; seeded requests must not be cut into chunks on CPU."""
+    prompts = [np.full(200, 3 + index, np.int32) for index in range(4)]
+    together = sample(engine, prompts, n=2)
+    assert together[0] == sample(engine, prompts[:1], n=2)[0]
+
+
 def test_a_stop_token_ends_an_answer_and_belongs_to_it(engine):
     stops = set(range(3, 20))
     free, stopped = sample(engine, max_new_tokens=40), sample(engine, max_new_tokens=40, stop_token_ids=sorted(stops))
