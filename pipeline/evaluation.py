@@ -23,7 +23,7 @@ from pipeline.evaluation_metrics import (
 from pipeline.params import EvaluateParams, ScoreParams
 from pipeline.prepared_data import read_pairs, read_responses
 from pipeline.progress import progress_bar
-from pipeline.sampling import choose_prompts, load_tokenizer, loadable, stop_token_ids
+from pipeline.sampling import choose_prompts, loadable, stop_token_ids
 from pipeline.scoring_plan import (
     EngineLength,
     ModelLimits,
@@ -36,6 +36,7 @@ from pipeline.scoring_plan import (
     scoring_order,
     token_arrays,
 )
+from pipeline.tokenizer import open_tokenizer
 from pipeline.weights import reference_identity
 from pipeline.workspace import log_file
 
@@ -132,7 +133,7 @@ class _Cell(NamedTuple):
             rewards = None
             if _is_demo(responses, prompts):
                 baseline = self._sample(reference_engine, prompts, stop, "reference")
-                rewards = _expected_reward(samples, baseline, load_tokenizer(self.reference_model))
+                rewards = _expected_reward(samples, baseline, open_tokenizer(self.reference_model))
         kl = samples.by_prompt([own[key] - theirs[key] for key in samples.rows["response_key"]])
         return sums, _sample_metrics(kl, rewards)
 

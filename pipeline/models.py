@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pipeline.errors import RequestError
 from pipeline.logps import causal_model
 from pipeline.params import ModelParams, ScratchModel
+from pipeline.tokenizer import open_tokenizer
 
 
 def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
@@ -49,7 +50,7 @@ def load_policy_start(folder: Path) -> nn.Module:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise RequestError(f"{folder} does not exist; it is written by `refcache prepare` (run `dvc repro prepare`).")
-    return AutoTokenizer.from_pretrained(folder)
+    return open_tokenizer(folder)
 
 
 def _from_scratch(scratch: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:

@@ -13,6 +13,7 @@ import polars as pl
 
 from pipeline.errors import RequestError
 from pipeline.progress import activity
+from pipeline.tokenizer import open_tokenizer
 from pipeline.workspace import scratch_folder
 
 
@@ -52,14 +53,8 @@ def _eos_ids(file: Path) -> list[int]:
 
 
 def _tokenizer_eos(model: Path) -> set[int]:
-    eos = load_tokenizer(model).eos_token_id if (model / "tokenizer_config.json").exists() else None
+    eos = open_tokenizer(model).eos_token_id if (model / "tokenizer_config.json").exists() else None
     return set() if eos is None else {eos}
-
-
-def load_tokenizer(model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The tokenizer: a model's own, used as it is, or a byte-level BPE trained on the sft rows for a from-scratch model."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,28 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
     )
 
 
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a local folder, exactly as it was saved.
+
+    Beside a config.json of some architectures (Qwen2), AutoTokenizer replaces a generic tokenizer by the architecture's
+    own class, which adds a token that the model has no embedding for.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    config = folder / "tokenizer_config.json"
+    named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.exists() else None
+    generic = named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").exists()
+    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(folder)
+
+
 def load_tokenizer(model: ModelParams) -> Any:
     """The tokenizer of `model.name`. Raises RequestError where that is neither a usable local folder nor reachable."""
     from transformers import AutoTokenizer
 
     assert model.name is not None  # the caller trains one otherwise
     try:
+        if Path(model.name).is_dir() and not model.trust_remote_code:
+            return open_tokenizer(Path(model.name))
         return AutoTokenizer.from_pretrained(
             model.name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
         )

@@ -7,6 +7,8 @@ import pytest
 from pipeline.errors import RequestError
 from pipeline.params import ModelParams, SftParams
 from pipeline.sft import fine_tune
+from pipeline.tokenizer import load_tokenizer as load_project_tokenizer
+from pipeline.tokenizer import open_tokenizer
 from pipeline.weights import reference_identity
 from tests.tiny import TINY_MODEL, write_model, write_sft, write_tokenizer
 
@@ -30,6 +32,12 @@ def test_zero_epochs_take_a_local_model_as_it_is(tmp_path):
     assert identities[0].weights == identities[1].weights
     assert (tmp_path / "reference/tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
     assert json.loads((tmp_path / "results/metrics.json").read_text())["steps"] == 0
+
+
+def test_a_model_trained_here_can_start_another_project(tmp_path):
+    """Its tokenizer comes back as it was saved, although its Qwen2 config names another tokenizer class."""
+    start = write_model(tmp_path / "start")
+    assert len(load_project_tokenizer(ModelParams(name=str(start)))) == len(open_tokenizer(start)) == 64
 
 
 def test_a_folder_that_is_no_model_is_a_wrong_request_that_names_it(tmp_path):
