@@ -6,6 +6,7 @@ survive a kill lives in a work folder outside them, named by a digest of everyth
 """
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +60,14 @@ def work_folder(job: Job, *content: str) -> Path:
 def launch(job: Job, work: Path, *, loop: LoopParams, n_examples: int, title: str) -> dict[str, Any]:
     """Run the job on loop.ranks processes; returns the summary that rank 0 wrote.
 
-    Raises RequestError or RunFailed as a rank raised it, RunFailed with the log's last lines if one died.
+    Raises RequestError or RunFailed as a rank raised it, RunFailed with the log's last lines if one died, RunFailed
+    before anything is touched if the same run is under way elsewhere.
     """
-    work.mkdir(parents=True, exist_ok=True)
+    with _sole_run(work):
+        return _run_ranks(job, work, loop=loop, n_examples=n_examples, title=title)
+
+
+def _run_ranks(job: Job, work: Path, *, loop: LoopParams, n_examples: int, title: str) -> dict[str, Any]:
     for leftover in ("error.json", "summary.json"):
         (work / leftover).unlink(missing_ok=True)
     (work / "job.json").write_text(json.dumps(asdict(job) | {"stage_pid": os.getpid()}, indent=1))
@@ -97,6 +105,25 @@ def publish(work: Path, *, out: Path, history: Path, metrics: Path, summary: dic
     unfinished.write_text(json.dumps(summary, indent=1) + "\n")
     os.replace(unfinished, metrics)  # last: it means that model and history are there
     shutil.rmtree(work)
+
+
+@contextmanager
+def _sole_run(work: Path) -> Iterator[None]:
+    """Hold the folder's lock; the kernel drops it with this process. Ranks follow their stage within a second."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise RunFailed(
+                f"{work} is in use by another run of the same training (process {lock.read()}). "
+                "Wait for it or stop it, then run again."
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def _outcome(work: Path, returncode: int, log: Path) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """The training loop that sft and train share: batches, accumulation, schedule, history, checkpoints, exact resume."""
 
-import fcntl
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,19 +97,3 @@ def _one_step(engine: Engine, task: Task, loop: LoopParams, batch: np.ndarray) -
     # One collective for all metrics; float64, so that the history doesn't depend on how many ranks added it up.
     values = engine.sum_over_ranks(torch.stack(list(totals.values()))).tolist()
     return dict(zip(totals, values, strict=True))
-
-
-def lock_work_folder(work: Path) -> int:
-    """Take the folder's lock for this process's life (returns its descriptor); a second run of the cell is refused."""
-    work.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RunFailed(
-            f"{work} is in use by another run of the same training (process {os.read(descriptor, 40).decode()}). "
-            "Wait for it or stop it, then run again."
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-    return descriptor

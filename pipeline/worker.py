@@ -37,9 +37,8 @@ def _run(job: Job, work: Path) -> None:
     from pipeline.history import median
     from pipeline.models import save_model
     from pipeline.params import LoopParams
-    from pipeline.training import lock_work_folder, run_loop
+    from pipeline.training import run_loop
 
-    lock = lock_work_folder(work) if os.environ.get("RANK", "0") == "0" else None
     init_distributed()
     loop = LoopParams.model_validate(job.loop)
     start = importlib.import_module(TASKS[job.kind]).start
@@ -59,7 +58,6 @@ def _run(job: Job, work: Path) -> None:
             "resumed_from_step": resumed_from,
         }
         (work / "summary.json").write_text(json.dumps(summary))
-    del lock
 
 
 def _follow_stage_to_the_grave(stage_pid: int) -> None:
