@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from pipeline.errors import RunFailed
+from pipeline.errors import EngineFailed
 from pipeline.params import ScoreParams
 from pipeline.progress import Advance, activity
 from pipeline.scoring_plan import EngineLength
@@ -28,8 +28,17 @@ _LOG_LINES_SHOWN = 15
 _LOOK_SECONDS = 1.0  # between two looks at whether a silent engine is still alive
 
 
+class Scored(NamedTuple):
+    """logps: nats, float32 (response length,) a row. shared_tokens: prompt tokens not computed again, since another
+    row had computed them. rescored: rows whose shared answer failed its check and which were computed alone."""
+
+    logps: list[np.ndarray]
+    shared_tokens: int = 0
+    rescored: int = 0
+
+
 class EngineProcess:
-    """vLLM in a process of its own; a context manager. Load a model, then ask; after RunFailed it is closed."""
+    """vLLM in a process of its own; a context manager. Load a model, then ask; after EngineFailed it is closed."""
 
     def __init__(self, params: ScoreParams, *, log: Path) -> None:
         """Start the process, which imports vLLM (6 to 15 s) while the caller does something else.
@@ -58,7 +67,7 @@ class EngineProcess:
         return self._process.pid
 
     def load(self, model: Path, length: EngineLength, *, trust_remote_code: bool = False) -> None:
-        """Build the engine and wait until it is ready; length: from scoring_plan.engine_length. Raises RunFailed."""
+        """Build the engine and wait until it is ready; length: from scoring_plan.engine_length. Raises EngineFailed."""
         settings = {
             "model": model.absolute(),
             "params": self._params,
@@ -68,12 +77,13 @@ class EngineProcess:
         with activity(f"starting vLLM ({self.log})"):
             self._ask(settings, "did not start", None)
 
-    def score(self, rows: Sequence[Row], advance: Advance) -> list[np.ndarray]:
-        """Log-probs of each response's tokens, nats, float32 (response length,) a row; advance(rows, tokens) meanwhile.
+    def score(self, rows: Sequence[Row], advance: Advance) -> Scored:
+        """Log-probs of each response's tokens; advance(rows, tokens) is called meanwhile.
 
-        rows: validated (scoring_plan.check_rows). Raises RunFailed if the engine dies, fails or stays silent.
+        rows: validated (scoring_plan.check_rows), those of one prompt next to each other. Raises EngineFailed if the
+        engine dies, fails or stays silent.
         """
-        return self._ask(("score", (rows,), {}), "failed while scoring", advance)
+        return Scored(*self._ask(("score", (rows,), {}), "failed while scoring", advance))
 
     def generate(
         self,
@@ -126,9 +136,9 @@ class EngineProcess:
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             raise self._failure(f"{failed}: its process {self.pid} {how}") from None
 
-    def _failure(self, what: str) -> RunFailed:
+    def _failure(self, what: str) -> EngineFailed:
         tail = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES_SHOWN:]
-        return RunFailed(
+        return EngineFailed(
             f"The vLLM engine {what.rstrip('.')}.\n"
             f"Its log {self.log} ends with:\n" + "\n".join(f"  {line}" for line in tail) + "\n"
             "Rows finished before are kept: run the same command again to go on from there."

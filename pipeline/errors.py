@@ -7,3 +7,7 @@ class RequestError(ValueError):
 
 class RunFailed(RuntimeError):
     """The request was fine and the run still failed; work done so far is kept. Exit code 1."""
+
+
+class EngineFailed(RunFailed):
+    """The engine died, hung or refused; its process is gone and another one may be started."""

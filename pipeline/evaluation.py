@@ -166,7 +166,7 @@ class _Cell(NamedTuple):
         sums: dict[bytes, float] = {}
         with progress_bar(f"{self.name}: {what}", len(ordered)) as advance:
             for call in calls(ordered, self.engine.rows_per_call):
-                logps = engine.score(engine_rows(call), advance)
+                logps = engine.score(engine_rows(call), advance).logps
                 sums |= zip(
                     call["response_key"], (float(values.sum(dtype=np.float64)) for values in logps), strict=True
                 )

@@ -1,7 +1,6 @@
 """Fill the reference cache: find what is missing, score it with vLLM, journal every call, publish, measure drift."""
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,24 +9,14 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from cache import (
-    LOGPS_SCHEMA,
-    CacheCorrupt,
-    CacheError,
-    Journal,
-    Reference,
-    ReferenceIdentity,
-    logps_table,
-    open_reference,
-    publish_reference,
-    verify,
-)
+from cache import Journal, ReferenceIdentity, logps_table, open_reference
 from pipeline import drift
 from pipeline.engine_process import EngineProcess, orderly_termination
 from pipeline.errors import RequestError
 from pipeline.params import ScoreParams
 from pipeline.prepared_data import read_pairs, read_responses
 from pipeline.progress import activity, progress_bar
+from pipeline.publication import publish_needed, sound_reference
 from pipeline.scoring_plan import (
     ROW_COLUMNS,
     calls,
@@ -75,11 +64,11 @@ def score_responses(
     needed = set(rows["response_key"])
     with orderly_termination(), Journal(journal_folder() / identity.reference_id) as journal:
         journalled = journal.keys()
-        published = _published(out, identity) if needed - journalled else None
+        published = sound_reference(out, identity) if needed - journalled else None
         known = journalled | (published.keys() if published else set())
         missing = rows.filter(~pl.col("response_key").is_in(known)) if known else rows
         work = _score_missing(missing, model, params, trust_remote_code, journal) if len(missing) else _Work()
-        publish_reference(out, _collect(needed, journal, published), identity)
+        publish_needed(out, needed, journal=journal, published=published, identity=identity)
         measured = drift.ensure_drift(
             out,
             model,
@@ -91,24 +80,6 @@ def score_responses(
             trust_remote_code=trust_remote_code,
         )
     return _write_metrics(metrics, responses, work, identity, measured)
-
-
-def _published(out: Path, identity: ReferenceIdentity) -> Reference | None:
-    """What is published at `out`, if it is of this very reference and whole."""
-    try:
-        found = open_reference(out, expect=identity)
-    except CacheCorrupt as error:
-        problem = str(error)
-    except CacheError:
-        return None  # nothing there, or another reference's: it will be replaced
-    else:
-        damage = verify(out)
-        if not damage:
-            return found
-        problem = str(damage[0])
-    # Its rows would be published anew under fresh checksums, and nobody could tell the damaged ones any more.
-    print(f"{problem}\nNone of its rows are reused; those that the journal lacks are scored again.", file=sys.stderr)
-    return None
 
 
 def _score_missing(
@@ -124,7 +95,7 @@ def _score_missing(
         with progress_bar("score", len(missing), tokens=tokens) as advance:
             for call in calls(missing, params.rows_per_call):
                 inputs = engine_rows(call)
-                journal.append(scored_table(call, inputs, engine.score(inputs, advance)))
+                journal.append(scored_table(call, inputs, engine.score(inputs, advance).logps))
         return _Work(len(missing), tokens, time.perf_counter() - started)
 
 
@@ -137,19 +108,6 @@ def scored_table(call: pl.DataFrame, inputs: list[tuple[np.ndarray, np.ndarray]]
         token_ids=[response for _, response in inputs],
         token_logps=logps,
     )
-
-
-def _collect(keys: set[bytes], journal: Journal, published: Reference | None) -> pa.Table:
-    """The rows of exactly `keys`, from the journal, and from `published` where the journal hasn't them."""
-    tables, wanted = [], set(keys)
-    for table in journal.tables():
-        found = table["response_key"].to_pylist()
-        tables.append(table.filter(pa.array([key in wanted for key in found], pa.bool_())))
-        wanted.difference_update(found)
-    if wanted:
-        assert published is not None  # whatever neither held was scored and journalled
-        tables.append(published.rows(sorted(wanted)).to_arrow().cast(LOGPS_SCHEMA))
-    return pa.concat_tables(tables)
 
 
 def _write_metrics(

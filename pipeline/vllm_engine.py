@@ -48,8 +48,8 @@ class VLLMEngine:
             gpu_memory_utilization=params.gpu_memory_utilization,  # on CPU cpu_kv_cache_gib takes its place
         )
 
-    def score(self, rows: Sequence[Row], on_finished: OnFinished) -> list[np.ndarray]:
-        """Log-probs of every response token given all before it, nats, one float32 array (response length,) a row."""
+    def score(self, rows: Sequence[Row], on_finished: OnFinished) -> tuple[list[np.ndarray], int, int]:
+        """The fields of engine_process.Scored."""
         params = SamplingParams(
             prompt_logprobs=0,
             max_tokens=1,  # vLLM has no zero; the sampled token is thrown away
@@ -61,10 +61,11 @@ class VLLMEngine:
         )
         prompts = [TokensPrompt(prompt_token_ids=[*prompt.tolist(), *response.tolist()]) for prompt, response in rows]
         outputs = self.llm.generate(prompts, params, use_tqdm=_reporter(on_finished))
-        return [
+        logps = [
             response_logps(output.prompt_logprobs, response)
             for output, (_, response) in zip(outputs, rows, strict=True)
         ]
+        return logps, 0, 0
 
     def generate(
         self,
