@@ -16,12 +16,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import pyarrow as pa
 
 from cache import lock
 from cache.durable import sync_folder, write_durably
 from cache.errors import CacheCorrupt, CacheError, CacheMismatch, system_errors
+from cache.key_set import KeySet, key_array
 from cache.schema import FORMAT_VERSION, KEY_COLUMN, LOGPS, Kind, conform
+from cache.spill import PartitionRows, Spill
 
 MAGIC = b"RCJOURNL"
 HEADER = MAGIC + struct.pack("<I", FORMAT_VERSION)
@@ -111,18 +114,34 @@ class Journal:
 
     def tables(self) -> Iterator[pa.Table]:
         """The journalled rows, one table per appended batch, in order; of a repeated key only the first row."""
-        file, seen = self._opened(), set[bytes]()
-        for start, stop in self._frames:
-            table = _from_ipc(os.pread(file, stop - start - FRAME.size, start + FRAME.size))
-            yield _without_repeats(conform(table, self.kind), seen)
+        seen = set[bytes]()
+        for table in self._batches():
+            yield _without_repeats(table, seen)
 
     def keys(self) -> set[bytes]:
         """The response keys of the journalled rows."""
-        file, found = self._opened(), set[bytes]()
+        return set(self.key_set())
+
+    def key_set(self) -> KeySet:
+        """As `keys`, in 16 bytes of memory a row (and as much again while they are gathered)."""
+        file, found = self._opened(), []
         for start, stop in self._frames:
             table = _from_ipc(os.pread(file, stop - start - FRAME.size, start + FRAME.size), only_keys=True)
-            found.update(table[KEY_COLUMN].to_pylist())
-        return found
+            # Copied, or it would keep its whole frame in memory.
+            found.append(key_array(table[KEY_COLUMN]).copy())
+        return KeySet(np.concatenate([key_array(()), *found]))
+
+    def by_partition(self, keys: KeySet, bits: int, spill_to: Path) -> PartitionRows:
+        """The rows of `keys` by partition, as cache.publish takes them; most of them wait in the folder."""
+        spill = Spill(spill_to, bits)
+        for rows in self._batches():
+            spill.add(rows.filter(keys.contains(key_array(rows[KEY_COLUMN]))))
+        return lambda number, _: spill.take(number)
+
+    def _batches(self) -> Iterator[pa.Table]:
+        file = self._opened()
+        for start, stop in self._frames:
+            yield conform(_from_ipc(os.pread(file, stop - start - FRAME.size, start + FRAME.size)), self.kind)
 
     def _opened(self) -> int:
         if self._file is None:

@@ -9,19 +9,22 @@ longer listed go; `publishing.json` goes.
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 
 from cache.durable import PARTIAL, sync_folder, write_durably
-from cache.errors import CacheLocked, system_errors
+from cache.errors import CacheIncomplete, CacheLocked, system_errors
 from cache.identity import ReferenceIdentity
+from cache.key_set import KeySet, key_array
 from cache.manifest import EXCHANGE, MANIFEST, SHARD_NAME, Manifest, Shard, file_digest, make_manifest, manifest_bytes
-from cache.schema import LOGPS, Kind, conform
-from cache.shards import partitions, write_shard
+from cache.schema import KEY_COLUMN, LOGPS, Kind, conform
+from cache.shards import partition_bits, partitions, write_shard
+from cache.spill import PartitionRows, spill_folder
 
 
 def publish_reference(folder: Path, rows: pa.Table, identity: ReferenceIdentity) -> Manifest:
@@ -34,11 +37,64 @@ def publish_reference(folder: Path, rows: pa.Table, identity: ReferenceIdentity)
     return publish_partitions(folder, partitions(conform(rows, LOGPS)), kind=LOGPS, identity=identity.to_dict())
 
 
+class RowSource(Protocol):
+    """Where rows to publish come from: a Journal, or a Reference."""
+
+    def by_partition(self, keys: KeySet, bits: int, spill_to: Path) -> PartitionRows:
+        """Its rows of `keys` by partition (leading `bits` bits of the key); `spill_to` is a folder for its own use."""
+
+
+def publish_rows(
+    folder: Path, keys: KeySet, sources: Sequence[RowSource], identity: ReferenceIdentity, *, scratch: Path
+) -> Manifest:
+    """Make `folder` a reference cache of exactly the rows of `keys`, each from the first of `sources` that has it.
+
+    As `publish_reference`, with one partition in memory at a time (up to SHARD_ROWS rows) and 16 bytes a key; rows of
+    journals wait in temporary files in `scratch`. Raises CacheIncomplete where no source has a row.
+    """
+    with _publishing(folder), spill_folder(scratch) as spill:
+        parts = _gather(keys, sources, spill)
+        return publish_partitions(folder, parts, kind=LOGPS, identity=identity.to_dict())
+
+
+def _gather(keys: KeySet, sources: Sequence[RowSource], spill: Path) -> Iterator[tuple[int, pa.Table]]:
+    bits = partition_bits(len(keys))
+    readers = []
+    for number, source in enumerate(sources):
+        own = spill / str(number)
+        own.mkdir()
+        readers.append(source.by_partition(keys, bits, own))
+    for number in range(1 << bits):
+        wanted, tables = keys.partition(number, bits), []
+        for rows_of in readers:
+            rows = _first_rows(rows_of(number, wanted), wanted)
+            if rows.num_rows:
+                wanted -= KeySet(rows[KEY_COLUMN])
+                tables.append(rows)
+        if len(wanted):
+            first = ", ".join(key.hex() for key, _ in zip(wanted, range(3), strict=False))
+            raise CacheIncomplete(
+                f"{len(wanted)} rows of partition {number} are in none of {len(sources)} sources: {first}. "
+                "What was published before is intact. Run `dvc repro score`; only what is missing is scored."
+            )
+        if tables:
+            yield number, pa.concat_tables(tables)
+
+
+def _first_rows(tables: list[pa.Table], wanted: KeySet) -> pa.Table:
+    """The first row of each key of `wanted` that `tables` have."""
+    rows = pa.concat_tables([LOGPS.schema.empty_table(), *tables])
+    positions = wanted.positions(key_array(rows[KEY_COLUMN]))
+    present = np.flatnonzero(positions >= 0)
+    _, first = np.unique(positions[present], return_index=True)
+    return rows.take(pa.array(present[first]))
+
+
 def publish_partitions(
     folder: Path, parts: Iterable[tuple[int, pa.Table]], *, kind: Kind, identity: dict[str, Any]
 ) -> Manifest:
     """`publish_reference` for partitions that come one at a time (see cache.shards), so that memory holds only one."""
-    with system_errors(f"publish to {folder}", kept="What was published before is intact, and so is the journal."):
+    with _publishing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with _sole_publisher(folder):
             _remove_partial(folder)
@@ -49,6 +105,10 @@ def publish_partitions(
             finally:
                 _remove_partial(folder)
     return manifest
+
+
+def _publishing(folder: Path) -> AbstractContextManager[None]:
+    return system_errors(f"publish to {folder}", kept="What was published before is intact, and so is the journal.")
 
 
 def _exchange(folder: Path, written: list[tuple[Path, Shard]], manifest: Manifest) -> None:

@@ -1,9 +1,13 @@
 """Reading a published reference cache: whole, of the expected reference, and covering every key asked for."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +17,12 @@ import pyarrow.parquet as pq
 
 from cache.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMismatch, system_errors
 from cache.identity import ReferenceIdentity, require_identity
+from cache.key_set import KeyArray, Keys, KeySet, key_array, key_bytes
 from cache.manifest import EXCHANGE, Manifest, Shard, read_manifest, remedy
 from cache.schema import KEY_COLUMN, LOGPS, LOGPS_SCHEMA
 from cache.shards import read_shard_metadata
+from cache.spill import PartitionRows
 
-Keys = Sequence[bytes] | pl.Series
 SHOWN_KEYS = 3
 ATTEMPTS = 5  # to find the folder between two publications
 
@@ -47,36 +52,90 @@ class Reference:
 
     def keys(self) -> set[bytes]:
         """The response keys of all rows."""
-        return set(self._collect(self.scan().select(KEY_COLUMN))[KEY_COLUMN])
+        return set(self.key_set())
+
+    def key_set(self) -> KeySet:
+        """As `keys`, in 16 bytes of memory a row."""
+        return KeySet(np.concatenate([key_array(()), *(key_array(rows[KEY_COLUMN]) for rows in self.tables([]))]))
+
+    def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """response_key and `columns` of all rows, one table per shard, in the order of keys."""
+        for ranges in self._ranges:
+            yield self._read(ranges, np.arange(len(ranges.first)), columns)
+
+    def matching(self, wanted: KeySet, columns: Sequence[str]) -> Iterator[tuple[npt.NDArray[np.int64], pa.Table]]:
+        """Rows of `wanted` that there are: per shard, their positions in `wanted`, and response_key and `columns`.
+
+        Reads only row groups that may hold one; memory holds the matches of one shard.
+        """
+        for ranges in self._ranges:
+            hit = wanted.array.searchsorted(ranges.first) < wanted.array.searchsorted(ranges.last, side="right")
+            if hit.any():
+                rows = self._read(ranges, np.flatnonzero(hit), columns)
+                positions = wanted.positions(key_array(rows[KEY_COLUMN]))
+                found = positions >= 0
+                if found.any():
+                    yield positions[found], rows.filter(pa.array(found))
+
+    def by_partition(self, keys: KeySet, bits: int, spill_to: Path) -> PartitionRows:
+        """The rows of `keys` by partition, as cache.publish takes them; read from the shards partition by partition."""
+        return lambda _, wanted: [rows for _, rows in self.matching(wanted, LOGPS_SCHEMA.names)]
 
     def missing(self, keys: Keys) -> list[bytes]:
         """Those of `keys` that have no row, once each, in the order asked."""
-        wanted = _series(keys).to_frame().lazy().unique(maintain_order=True)
-        absent = wanted.join(self.scan().select(KEY_COLUMN), on=KEY_COLUMN, how="anti", maintain_order="left")
-        return self._collect(absent)[KEY_COLUMN].to_list()
+        asked = key_array(keys)
+        wanted = KeySet(asked)
+        found = np.zeros(len(wanted), np.bool_)
+        for positions, _ in self.matching(wanted, []):
+            found[positions] = True
+        return _absent(asked, wanted, found)
 
     def rows(self, keys: Keys, columns: Sequence[str] = tuple(LOGPS_SCHEMA.names)) -> pl.DataFrame:
         """One row for each of `keys`, in the order asked; a key asked twice comes twice.
 
         Raises CacheIncomplete, naming how many are missing and the first few, rather than leave any out.
         """
-        absent = self.missing(keys)
-        if absent:
-            raise CacheIncomplete(self._incomplete(absent, len(keys)))
-        wanted = _series(keys)
-        found = self.scan().select(list(dict.fromkeys([KEY_COLUMN, *columns])))
-        found = found.filter(pl.col(KEY_COLUMN).is_in(wanted.unique().implode()))
-        joined = wanted.to_frame().lazy().join(found, on=KEY_COLUMN, how="left", maintain_order="left")
-        return self._collect(joined.select(columns))
+        asked = key_array(keys)
+        wanted = KeySet(asked)
+        row_of = np.full(len(wanted), -1)
+        frames, n_found = [pl.DataFrame(LOGPS_SCHEMA.empty_table().select(list(columns)))], 0
+        for positions, rows in self.matching(wanted, columns):
+            row_of[positions] = n_found + np.arange(len(positions))
+            n_found += len(positions)
+            frames.append(pl.DataFrame(rows.select(list(columns))))
+        if n_found < len(wanted):
+            absent = _absent(asked, wanted, row_of >= 0)
+            raise CacheIncomplete(self.incomplete(len(absent), absent, len(asked)))
+        return pl.concat(frames)[row_of[wanted.positions(asked)]]
 
     def sum_logps(self, keys: Keys) -> npt.NDArray[np.float64]:
         """log pi_ref(response given prompt) in nats, (len(keys),) float64, in the order asked; raises as `rows`."""
         return self.rows(keys, ["sum_logp"])["sum_logp"].to_numpy()
 
-    def _collect(self, frame: pl.LazyFrame) -> pl.DataFrame:
+    @cached_property
+    def _ranges(self) -> list["_Ranges"]:
+        """Of every shard, the first and last key of each row group, as its footer states them."""
+        found = []
+        with self._reading():
+            for shard in self.manifest.shards:
+                metadata = pq.read_metadata(self.path / shard.file)
+                columns = [metadata.row_group(i).column(0).statistics for i in range(metadata.num_row_groups)]
+                first, last = (key_array([getattr(s, end) for s in columns]) for end in ("min", "max"))
+                found.append(_Ranges(shard, first, last))
+        return found
+
+    def _read(self, ranges: "_Ranges", groups: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
+        names = list(dict.fromkeys([KEY_COLUMN, *columns]))
+        path = self.path / ranges.shard.file
+        with self._reading(), pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+            return file.read_row_groups(groups.tolist(), columns=names)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Tell a shard that a new publication removed from one that is damaged."""
         try:
-            return frame.collect()
-        except (OSError, pl.exceptions.PolarsError) as error:
+            yield
+        except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
             if read_manifest(self.path) != self.manifest:
                 raise CacheError(
                     f"{self.path} was published anew while it was being read, and its old shards are gone. Run again."
@@ -86,16 +145,25 @@ class Reference:
                 + remedy(self.path)
             ) from error
 
-    def _incomplete(self, absent: list[bytes], asked: int) -> str:
-        first = ", ".join(key.hex() for key in absent[:SHOWN_KEYS]) + (", ..." if len(absent) > SHOWN_KEYS else "")
+    def incomplete(self, n_absent: int, absent: Iterable[bytes], asked: int) -> str:
+        """The message of CacheIncomplete; `absent`: at least the first few of `n_absent` keys without a row."""
+        first = ", ".join(key.hex() for key in islice(absent, SHOWN_KEYS)) + (", ..." if n_absent > SHOWN_KEYS else "")
         return (
-            f"{self.path} lacks {len(absent)} of the {asked} responses asked for (it has {self.n_rows}): {first}. "
+            f"{self.path} lacks {n_absent} of the {asked} responses asked for (it has {self.n_rows}): {first}. "
             "The pairs changed after it was scored. Run `dvc repro score`; only what is missing is scored."
         )
 
 
-def _series(keys: Keys) -> pl.Series:
-    return pl.Series(KEY_COLUMN, keys, dtype=pl.Binary)
+class _Ranges(NamedTuple):
+    shard: Shard
+    first: KeyArray  # (row groups,)
+    last: KeyArray
+
+
+def _absent(asked: KeyArray, wanted: KeySet, found: npt.NDArray[np.bool_]) -> list[bytes]:
+    absent = asked[~found[wanted.positions(asked)]]
+    _, first = np.unique(absent, return_index=True)
+    return key_bytes(absent[np.sort(first)])
 
 
 def open_reference(path: Path | str, *, expect: ReferenceIdentity | None) -> Reference:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from cache.durable import partial_of, sync_file
 from cache.identity import identity_digest
+from cache.key_set import Keys, key_array, key_bytes
 from cache.manifest import Shard, file_digest
 from cache.schema import FORMAT_VERSION, KEY_COLUMN, METADATA_KEY, ROW_GROUP_ROWS, Kind, conform, parquet_options
 
@@ -43,14 +44,9 @@ def partition_numbers(words: npt.NDArray[np.uint64], bits: int) -> npt.NDArray[n
     return words[:, 0] >> np.uint64(64 - bits) if bits else np.zeros(len(words), dtype=np.uint64)
 
 
-def key_words(keys: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
-    """Keys, binary(16), as (n, 2) numbers whose order is the byte order of the keys."""
-    raw = [
-        np.frombuffer(c.buffers()[1], dtype=">u8", count=2 * len(c), offset=16 * c.offset)
-        for c in keys.chunks
-        if len(c)
-    ]
-    return np.concatenate(raw).reshape(-1, 2).astype(np.uint64) if raw else np.empty((0, 2), dtype=np.uint64)
+def key_words(keys: Keys) -> npt.NDArray[np.uint64]:
+    """Keys as (n, 2) numbers whose order is the byte order of the keys."""
+    return np.ascontiguousarray(key_array(keys)).view(">u8").reshape(-1, 2).astype(np.uint64)
 
 
 def write_shard(folder: Path, number: int, rows: pa.Table, kind: Kind, identity: dict[str, Any]) -> tuple[Path, Shard]:
@@ -59,12 +55,16 @@ def write_shard(folder: Path, number: int, rows: pa.Table, kind: Kind, identity:
     The same rows and identity give the same bytes, for one version of pyarrow. Raises CacheError for rows that must
     not be stored and ValueError for a repeated key.
     """
-    rows = _sorted(conform(rows, kind)).replace_schema_metadata(shard_metadata(kind, identity))
-    kind.check(rows)
+    # One chunk, or the bytes of the file would depend on how the rows happened to be chunked.
+    rows = conform(rows, kind).combine_chunks().replace_schema_metadata(shard_metadata(kind, identity))
+    order = _key_order(rows)
     partial = partial_of(folder / f"{kind.name}-{number:05d}")
     options = parquet_options(kind) | {"sorting_columns": [pq.SortingColumn(0)]}
     with pq.ParquetWriter(partial, rows.schema, **options) as writer:
-        writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
+        for start in range(0, max(len(order), 1), ROW_GROUP_ROWS):
+            group = rows.take(order[start : start + ROW_GROUP_ROWS])
+            kind.check(group)
+            writer.write_table(group)
     sync_file(partial)
     digest = file_digest(partial)
     tokens = int(rows["n_tokens"].to_numpy().sum(dtype=np.int64)) if "n_tokens" in rows.column_names else 0
@@ -98,13 +98,13 @@ def read_shard_metadata(schema: pa.Schema) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _sorted(rows: pa.Table) -> pa.Table:
-    words = key_words(rows[KEY_COLUMN])
-    order = np.lexsort((words[:, 1], words[:, 0]))
-    words = words[order]
-    repeated = np.flatnonzero((words[1:] == words[:-1]).all(axis=1))
+def _key_order(rows: pa.Table) -> npt.NDArray[np.int64]:
+    """The indices that sort `rows` by key; ValueError for a repeated one."""
+    keys = key_array(rows[KEY_COLUMN])
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    repeated = np.flatnonzero(keys[1:] == keys[:-1])
     if len(repeated):
-        key = rows[KEY_COLUMN][int(order[repeated[0]])].as_py().hex()
+        key = key_bytes(keys[repeated[:1]])[0].hex()
         raise ValueError(f"response {key} was given twice ({len(repeated)} such rows); each response is stored once")
-    # One chunk, or the bytes of the file would depend on how the rows happened to be chunked.
-    return rows.take(pa.array(order)).combine_chunks()
+    return order

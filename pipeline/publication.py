@@ -1,21 +1,22 @@
 """From the journal and what is published already to a new publication of exactly the rows that the pairs need."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
-
 from cache import (
-    LOGPS_SCHEMA,
     CacheCorrupt,
     CacheError,
-    Journal,
+    Keys,
+    KeySet,
     Reference,
     ReferenceIdentity,
+    RowSource,
     open_reference,
-    publish_reference,
+    publish_rows,
     verify,
 )
+from pipeline.workspace import scratch_folder
 
 
 def sound_reference(out: Path, identity: ReferenceIdentity) -> Reference | None:
@@ -36,16 +37,7 @@ def sound_reference(out: Path, identity: ReferenceIdentity) -> Reference | None:
     return None
 
 
-def publish_needed(
-    out: Path, keys: set[bytes], *, journal: Journal, published: Reference | None, identity: ReferenceIdentity
-) -> None:
-    """Publish the rows of exactly `keys`, from the journal, and from `published` where the journal hasn't them."""
-    tables, wanted = [], set(keys)
-    for table in journal.tables():
-        found = table["response_key"].to_pylist()
-        tables.append(table.filter(pa.array([key in wanted for key in found], pa.bool_())))
-        wanted.difference_update(found)
-    if wanted:
-        assert published is not None  # whatever neither held was scored and journalled
-        tables.append(published.rows(sorted(wanted)).to_arrow().cast(LOGPS_SCHEMA))
-    publish_reference(out, pa.concat_tables(tables), identity)
+def publish_needed(out: Path, keys: Keys, sources: Sequence[RowSource], identity: ReferenceIdentity) -> None:
+    """Publish the rows of exactly `keys`, each from the first of `sources` that has it (see cache.publish_rows)."""
+    wanted = keys if isinstance(keys, KeySet) else KeySet(keys)
+    publish_rows(out, wanted, sources, identity, scratch=scratch_folder())

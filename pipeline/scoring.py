@@ -68,7 +68,7 @@ def score_responses(
         known = journalled | (published.keys() if published else set())
         missing = rows.filter(~pl.col("response_key").is_in(known)) if known else rows
         work = _score_missing(missing, model, params, trust_remote_code, journal) if len(missing) else _Work()
-        publish_needed(out, needed, journal=journal, published=published, identity=identity)
+        publish_needed(out, needed, [journal, *([published] if published else [])], identity)
         measured = drift.ensure_drift(
             out,
             model,

@@ -8,8 +8,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from cache import Journal, publish_reference
-from tests.cache.rows import identity, make_rows
+from cache import Journal, KeySet, publish_reference, publish_rows, spill
+from tests.cache.rows import identity, keys_of, make_rows
 
 # Children fork from a server that has loaded pyarrow (and pandas, which pyarrow imports for its first array) and runs
 # no threads, so that a start costs milliseconds.
@@ -111,3 +111,21 @@ def publish_alternately(folder: Path, rounds: int) -> None:
     for _ in range(rounds):
         publish_reference(folder, small, identity())
         publish_reference(folder, large, identity())
+
+
+def publish_a_journal_under_a_file_size_limit(root: Path, stop: int, limit: int, outcome: Connection) -> None:
+    """Publish the journal at ROOT/journal to ROOT/out; only a hundred rows fit into memory at once."""
+    spill.BUFFER_BYTES = 10_000
+    keys = KeySet(keys_of(make_rows(0, stop)))
+    with Journal(root / "journal") as journal:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            publish_rows(root / "out", keys, [journal], identity(), scratch=root / "scratch")
+        except Exception as error:
+            outcome.send((type(error).__name__, str(error)))
+
+
+def die_with_a_spill_folder(scratch: Path) -> None:
+    with spill.spill_folder(scratch) as folder:
+        (folder / "00000.arrows").write_bytes(b"rows")
+        os._exit(KILLED)

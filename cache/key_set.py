@@ -1,0 +1,113 @@
+"""Many keys at once: 16 bytes each in one numpy array, where a Python set of bytes takes well over a hundred.
+
+numpy compares its strings byte by byte, as keys are ordered, and pads with zeros, which 16-byte keys never need.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+
+from cache.keys import KEY_BYTES
+
+KeyArray = npt.NDArray[np.bytes_]  # (n,) of dtype S16
+Keys: TypeAlias = "Iterable[bytes] | pl.Series | pa.Array | pa.ChunkedArray | KeyArray"
+
+KEY = np.dtype(f"S{KEY_BYTES}")
+ITERATED = 1 << 16  # keys turned into Python objects at once
+
+
+def key_array(keys: Keys) -> KeyArray:
+    """`keys` in their order, (n,) of dtype S16. Raises ValueError for a null, or a key that has not 16 bytes."""
+    if isinstance(keys, np.ndarray):
+        array: KeyArray = keys.astype(KEY, copy=False)
+        return array
+    column: Any = keys.to_arrow() if isinstance(keys, pl.Series) else keys
+    if not isinstance(column, pa.Array | pa.ChunkedArray):
+        column = pa.array(column, pa.binary(KEY_BYTES))
+    if column.null_count:
+        raise ValueError(f"{column.null_count} of {len(column)} keys are null")
+    column = column.cast(pa.binary(KEY_BYTES))
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    raw = [np.frombuffer(c.buffers()[1], KEY, count=len(c), offset=KEY_BYTES * c.offset) for c in chunks if len(c)]
+    return raw[0] if len(raw) == 1 else np.concatenate([np.empty(0, KEY), *raw])
+
+
+def key_bytes(keys: KeyArray) -> list[bytes]:
+    """The inverse of `key_array`."""
+    # As strings, numpy would drop trailing zeros.
+    found: list[bytes] = np.ascontiguousarray(keys).view(f"V{KEY_BYTES}").tolist()
+    return found
+
+
+def partition_start(number: int, bits: int) -> bytes:
+    """The smallest key whose leading `bits` bits are `number`."""
+    return (number << (8 * KEY_BYTES - bits)).to_bytes(KEY_BYTES, "big")
+
+
+class KeySet:
+    """Distinct keys in ascending order, 16 bytes each: `array` is (n,) of dtype S16 and not to be changed."""
+
+    def __init__(self, keys: Keys = ()) -> None:
+        array = np.array(key_array(keys))  # a copy, so that sorting in place takes no further memory
+        array.sort()
+        repeated = array[1:] == array[:-1]
+        self.array: KeyArray = array[np.append(True, ~repeated)] if repeated.any() else array
+
+    @classmethod
+    def from_sorted(cls, array: KeyArray) -> Self:
+        """For keys that are known to be distinct and ascending; they are not copied, and may be memory-mapped."""
+        made = cls.__new__(cls)
+        made.array = array
+        return made
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __iter__(self) -> Iterator[bytes]:
+        for start in range(0, len(self), ITERATED):
+            yield from key_bytes(self.array[start : start + ITERATED])
+
+    def __contains__(self, key: bytes) -> bool:
+        return bool(self.positions(np.array([key], KEY))[0] >= 0)
+
+    def __or__(self, other: "KeySet") -> "KeySet":
+        return KeySet(np.concatenate([self.array, other.array]))
+
+    def __sub__(self, other: "KeySet") -> "KeySet":
+        return KeySet.from_sorted(self.array[~other.contains(self.array)])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KeySet) and np.array_equal(self.array, other.array)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def positions(self, keys: KeyArray) -> npt.NDArray[np.int64]:
+        """Where each of `keys` stands in `array`, (len(keys),); -1 for those that are not in the set."""
+        if not len(self):
+            return np.full(len(keys), -1)
+        found = self.array.searchsorted(keys)
+        # The position behind the last key is compared with the last one, which is smaller.
+        return np.where(self.array[np.minimum(found, len(self) - 1)] == keys, found, -1)
+
+    def contains(self, keys: KeyArray) -> npt.NDArray[np.bool_]:
+        """Which of `keys` are in the set, (len(keys),)."""
+        return self.positions(keys) >= 0
+
+    def partition(self, number: int, bits: int) -> "KeySet":
+        """Those whose leading `bits` bits are `number`; a view."""
+        start = self.array.searchsorted(np.array([partition_start(number, bits)], KEY))[0]
+        last = number + 1 == 1 << bits
+        stop = None if last else self.array.searchsorted(np.array([partition_start(number + 1, bits)], KEY))[0]
+        return KeySet.from_sorted(self.array[start:stop])
+
+
+def locate(keys: Keys, among: Keys) -> npt.NDArray[np.int64]:
+    """At which index of `among`, whose keys are distinct, each of `keys` stands, (len(keys),); -1 where it does not."""
+    stored = key_array(among)
+    order = np.argsort(stored, kind="stable")
+    found = KeySet.from_sorted(stored[order]).positions(key_array(keys))
+    return np.where(found >= 0, order[found], -1) if len(order) else found

@@ -1,0 +1,123 @@
+"""Rows bucketed by the leading bits of their key, in temporary files: how what does not fit in memory is partitioned.
+
+Keys are digests, so every batch holds keys of every partition: one pass distributes the rows, and then partition after
+partition is read. Up to a few tens of megabytes stay in memory and touch no disk.
+"""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from cache.key_set import KeySet
+from cache.schema import KEY_COLUMN
+from cache.shards import key_words, partition_numbers
+
+# What a source of rows gives for a partition: (its number, the keys still wanted of it) to tables that hold the rows of
+# those keys which the source has. They may hold others, and a key repeatedly: the first row counts.
+PartitionRows = Callable[[int, KeySet], list[pa.Table]]
+
+BUFFER_BYTES = 32 << 20  # of rows in memory before they are written
+UNUSED, USED = "new-", "spill-"
+
+
+@contextmanager
+def spill_folder(scratch: Path) -> Iterator[Path]:
+    """A new folder in `scratch`, removed afterwards, as are those that killed processes left behind."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    for leftover in scratch.glob(USED + "*"):
+        _remove_unless_used(leftover)
+    folder = Path(tempfile.mkdtemp(prefix=UNUSED, dir=scratch))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _locked(descriptor)
+        # Locked before it gets the name under which others look for leftovers.
+        folder = folder.rename(scratch / (USED + folder.name.removeprefix(UNUSED)))
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_unless_used(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    if _locked(descriptor):
+        shutil.rmtree(folder, ignore_errors=True)
+    os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # in use, or on a network file system that cannot lock a folder
+        return False
+    return True
+
+
+class Spill:
+    """Tables of one schema in 2^bits buckets; `take` gives a bucket's rows in the order in which they were added."""
+
+    def __init__(self, folder: Path, bits: int, *, key_column: str = KEY_COLUMN) -> None:
+        self.folder, self.bits, self.key_column = folder, bits, key_column
+        self._buffer: list[pa.Table] = []
+        self._buffered = 0  # bytes
+        self._spilled = False
+
+    def add(self, rows: pa.Table) -> None:
+        """Add rows; the system's refusal to write them is an OSError."""
+        if rows.num_rows:
+            self._buffer.append(rows)
+            self._buffered += rows.nbytes
+        if self._buffered > BUFFER_BYTES:
+            self._flush()
+
+    def take(self, number: int) -> list[pa.Table]:
+        """The rows of bucket `number`, as tables; asked once for each, after the last `add`."""
+        if not self._spilled:
+            return [part for rows in self._buffer if (part := rows.filter(self._numbers(rows) == number)).num_rows]
+        self._flush()
+        path = self._path(number)
+        if not path.exists():
+            return []
+        with pa.memory_map(str(path)) as file:
+            tables = []
+            while file.tell() < file.size():
+                tables.append(pa.ipc.open_stream(file).read_all())
+        path.unlink()  # the tables keep its content
+        return tables
+
+    def _flush(self) -> None:
+        if not self._buffer:
+            return
+        rows = pa.concat_tables(self._buffer).combine_chunks()
+        self._buffer, self._buffered, self._spilled = [], 0, True
+        numbers = self._numbers(rows)
+        rows = rows.take(pa.array(np.argsort(numbers, kind="stable")))
+        ends = np.cumsum(np.bincount(numbers, minlength=1 << self.bits))
+        for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            if start < end:
+                self._append(number, rows.slice(start, end - start))
+
+    def _append(self, number: int, rows: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, rows.schema) as writer:
+            writer.write_table(rows)
+        # Opened anew each time: there may be more buckets than a process may have open files.
+        with open(self._path(number), "ab") as file:
+            file.write(sink.getvalue())
+
+    def _numbers(self, rows: pa.Table) -> npt.NDArray[np.int64]:
+        return partition_numbers(key_words(rows[self.key_column]), self.bits).astype(np.int64)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.arrows"
