@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from cache import Journal, KeySet, publish_reference, publish_rows, spill
+from cache import Journal, KeySet, open_reference, open_view, publish_reference, publish_rows, spill
 from tests.cache.rows import identity, keys_of, make_rows
 
 # Children fork from a server that has loaded pyarrow (and pandas, which pyarrow imports for its first array) and runs
@@ -129,3 +129,13 @@ def die_with_a_spill_folder(scratch: Path) -> None:
     with spill.spill_folder(scratch) as folder:
         (folder / "00000.arrows").write_bytes(b"rows")
         os._exit(KILLED)
+
+
+def build_a_view_dying_at_the_rename(reference: Path, views: Path) -> None:
+    os.replace = lambda *_: os._exit(KILLED)
+    open_view(open_reference(reference, expect=None), views)
+
+
+def read_a_view(reference: Path, views: Path) -> None:
+    opened = open_view(open_reference(reference, expect=None), views)
+    assert sum(len(keys) for keys, _ in opened.shuffled(7, seed=0)) == len(opened) > 0

@@ -56,7 +56,7 @@ def rows_publication(root, keys, journals, published=None):
 
 
 @given(st.data())
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_division_among_sources_gives_the_files_of_one_table(tmp_path, small, data):
     n_rows = data.draw(st.integers(0, 80), label="rows")
     homes = data.draw(st.lists(st.integers(0, 2), min_size=n_rows, max_size=n_rows), label="source of each row")

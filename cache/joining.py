@@ -1,0 +1,100 @@
+"""Whole files of preference pairs against the reference cache, in memory that follows neither the pairs nor the rows.
+
+The keys that are asked for are bucketed as the shards are, by their leading bits, and then each bucket meets the few
+row groups that can hold its keys.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cache.errors import CacheIncomplete, system_errors
+from cache.key_set import KeySet, key_array, key_bytes
+from cache.reference import SHOWN_KEYS, Reference
+from cache.schema import KEY_COLUMN
+from cache.shards import partition_bits
+from cache.spill import Spill, spill_folder
+
+BATCH_ROWS = 1 << 15
+SLOT = "slot"  # row * columns + column of an asked key, int64
+
+
+def key_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """The key columns of a Parquet file of pairs, a batch at a time."""
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(BATCH_ROWS, columns=columns)
+
+
+def require_keys(reference: Reference, batches: Iterable[pa.RecordBatch], *, scratch: Path) -> None:
+    """Raise CacheIncomplete unless `reference` has a row for every key in `batches`, all of whose columns are keys.
+
+    scratch: folder for temporary files, 24 bytes a key; memory holds one partition of the reference's keys.
+    """
+    with _bucketed(reference, batches, scratch) as asked:
+        for _ in _matched(reference, asked, []):
+            pass
+
+
+def join_sum_logps(
+    reference: Reference, batches: Iterable[pa.RecordBatch], *, scratch: Path
+) -> npt.NDArray[np.float64]:
+    """log pi_ref in nats of every key in `batches`, (rows, columns) float64; otherwise as `require_keys`."""
+    with _bucketed(reference, batches, scratch) as asked:
+        joined = np.empty(asked.shape)
+        for slots, sums in _matched(reference, asked, ["sum_logp"]):
+            joined.ravel()[slots] = sums
+    return joined
+
+
+class _Asked(NamedTuple):
+    keys: Spill  # of KEY_COLUMN and SLOT
+    shape: tuple[int, int]  # rows and columns over all batches
+
+
+@contextmanager
+def _bucketed(reference: Reference, batches: Iterable[pa.RecordBatch], scratch: Path) -> Iterator[_Asked]:
+    kept = f"Temporary files go to {scratch}; nothing else was changed."
+    with system_errors(f"look rows up in {reference.path}", kept=kept), spill_folder(scratch) as folder:
+        spill = Spill(folder, partition_bits(reference.n_rows))
+        n_rows = n_columns = 0
+        for batch in batches:
+            n_columns = batch.num_columns
+            for number, column in enumerate(batch.columns):
+                slots = np.arange(n_rows, n_rows + len(column)) * n_columns + number
+                spill.add(pa.table({KEY_COLUMN: column.cast(pa.binary(16)), SLOT: slots}))
+            n_rows += batch.num_rows
+        yield _Asked(spill, (n_rows, n_columns))
+
+
+def _matched(
+    reference: Reference, asked: _Asked, columns: list[str]
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
+    """(slots, values of the column), bucket by bucket; CacheIncomplete comes last, since it counts all that is missing.
+
+    columns: at most one, of float64; without any, the values are undefined.
+    """
+    n_asked, n_absent, absent = 0, 0, list[bytes]()
+    for number in range(1 << asked.keys.bits):
+        bucket = pa.concat_tables([_NO_KEYS, *asked.keys.take(number)])
+        keys = key_array(bucket[KEY_COLUMN])
+        wanted = KeySet(keys)
+        values, missing = np.empty(len(wanted)), np.ones(len(wanted), np.bool_)
+        for positions, rows in reference.matching(wanted, columns):
+            missing[positions] = False
+            for column in columns:
+                values[positions] = rows[column].to_numpy()
+        n_asked += len(wanted)
+        n_absent += int(missing.sum())
+        absent += key_bytes(wanted.array[missing][: SHOWN_KEYS - len(absent)])
+        yield bucket[SLOT].to_numpy(), values[wanted.positions(keys)]
+    if n_absent:
+        raise CacheIncomplete(reference.incomplete(n_absent, absent, n_asked))
+
+
+_NO_KEYS = pa.schema([pa.field(KEY_COLUMN, pa.binary(16)), pa.field(SLOT, pa.int64())]).empty_table()

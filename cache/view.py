@@ -1,0 +1,186 @@
+"""A local, memory-mapped copy of a reference cache for data loaders: random rows by key, without reading the others.
+
+Parquet is decoded a row group at a time, which suits scans and not shuffled batches. The view holds the same rows as an
+uncompressed Arrow IPC file, and their keys as one sorted array; both are mapped, not read. It is derived from one
+publication, named by that publication's digest, and can be deleted at any time.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from cache.durable import PARTIAL, sync_file, sync_folder
+from cache.errors import CacheIncomplete, system_errors
+from cache.key_set import KEY, KeyArray, Keys, KeySet, key_array, key_bytes
+from cache.manifest import manifest_bytes
+from cache.reference import Reference
+from cache.schema import KEY_COLUMN, LOGPS_SCHEMA
+
+VIEW_VERSION = 1  # enters the name, so that a view of another layout is never opened
+COLUMNS = ["n_tokens", "sum_logp", "token_ids", "token_logps"]
+ROWS, KEYS, SIZES = "rows.arrow", "keys.bin", "sizes.json"
+
+
+class ViewRows(NamedTuple):
+    """Rows of a view. The arrays in the lists are views into the mapped file, (n_tokens,) each, and read-only."""
+
+    n_tokens: npt.NDArray[np.int32]  # (rows,)
+    sum_logps: npt.NDArray[np.float64]  # (rows,), nats
+    token_ids: list[npt.NDArray[np.int32]]
+    token_logps: list[npt.NDArray[np.float32]]  # nats
+
+
+def open_view(reference: Reference, folder: Path) -> "ReferenceView":
+    """The view of `reference` in `folder`, for example .refcache/views; built first if it is not there or not whole.
+
+    Takes as much disk as the rows uncompressed: 48 bytes and 8 a token for each. Of several processes one builds, and
+    the others wait. Raises CacheError when the system refuses, CacheCorrupt when a shard is damaged.
+    """
+    path = view_path(reference, folder)
+    kept = "The reference cache is intact."
+    with system_errors(f"build the view {path}", kept=kept):
+        if not _is_whole(path):
+            with _sole_builder(folder):
+                if not _is_whole(path):
+                    _build(path, reference)
+        return ReferenceView(path, reference)
+
+
+def view_path(reference: Reference, folder: Path) -> Path:
+    """Where the view of this very publication lies."""
+    content = bytes([VIEW_VERSION]) + manifest_bytes(reference.manifest)
+    return folder / hashlib.blake2b(content, digest_size=16, person=b"refcache").hexdigest()
+
+
+def remove_views(folder: Path, *, keep: list[Reference]) -> list[Path]:
+    """Delete the views in `folder` that are of none of the publications `keep`, and say which went.
+
+    A process that has one open keeps its content until it ends.
+    """
+    if not folder.is_dir():
+        return []
+    kept = {view_path(reference, folder).name for reference in keep}
+    with _sole_builder(folder):
+        old = sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in kept)
+        for path in old:
+            shutil.rmtree(path)
+    return old
+
+
+class ReferenceView:
+    """Rows by key or at random out of mapped memory; made by `open_view`. Positions number the rows in key order."""
+
+    def __init__(self, path: Path, reference: Reference) -> None:
+        self.path, self.reference = path, reference
+        self.keys = KeySet.from_sorted(_map_keys(path / KEYS))
+        self._file = pa.memory_map(str(path / ROWS))
+        with pa.ipc.open_file(self._file) as reader:
+            self._parts = [_Part(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+        self._starts = np.cumsum([0, *(len(part.n_tokens) for part in self._parts)])
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def rows(self, keys: Keys) -> ViewRows:
+        """One row for each of `keys`, in the order asked. Raises CacheIncomplete rather than leave any out."""
+        asked = key_array(keys)
+        positions = self.keys.positions(asked)
+        if (positions < 0).any():
+            absent = key_bytes(asked[positions < 0])
+            raise CacheIncomplete(self.reference.incomplete(len(set(absent)), dict.fromkeys(absent), len(asked)))
+        return self.rows_at(positions)
+
+    def rows_at(self, positions: npt.NDArray[np.integer]) -> ViewRows:
+        """The rows at `positions`, 0 to len(self) - 1, in the order asked."""
+        numbers = self._starts.searchsorted(positions, side="right") - 1
+        places = [(self._parts[n], row) for n, row in zip(numbers, positions - self._starts[numbers], strict=True)]
+        return ViewRows(
+            np.array([part.n_tokens[row] for part, row in places], np.int32),
+            np.array([part.sum_logps[row] for part, row in places], np.float64),
+            [part.token_ids[row] for part, row in places],
+            [part.token_logps[row] for part, row in places],
+        )
+
+    def shuffled(self, batch_rows: int, *, seed: int) -> Iterator[tuple[KeyArray, ViewRows]]:
+        """One epoch: (keys, rows) of every row once, in an order that `seed` determines; 8 bytes of memory a row."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        for start in range(0, len(order), batch_rows):
+            positions = order[start : start + batch_rows]
+            yield self.keys.array[positions], self.rows_at(positions)
+
+
+class _Lists:
+    """A list column as numpy sees the mapped file: an index gives that row's values without copying them."""
+
+    def __init__(self, column: pa.ListArray) -> None:
+        self.offsets = column.offsets.to_numpy()  # (rows + 1,)
+        self.values = column.values.to_numpy()
+
+    def __getitem__(self, row: int) -> npt.NDArray[Any]:
+        values: npt.NDArray[Any] = self.values[self.offsets[row] : self.offsets[row + 1]]
+        return values
+
+
+class _Part:
+    """One record batch."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.n_tokens, self.sum_logps = (batch[name].to_numpy() for name in ("n_tokens", "sum_logp"))
+        self.token_ids, self.token_logps = (_Lists(batch[name]) for name in ("token_ids", "token_logps"))
+
+
+def _map_keys(path: Path) -> KeyArray:
+    # An empty file cannot be mapped.
+    return np.memmap(path, KEY, mode="r") if path.stat().st_size else np.empty(0, KEY)
+
+
+def _is_whole(path: Path) -> bool:
+    """It was renamed into place whole, so this asks for what happens to files later, as when a copy stops half-way."""
+    try:
+        sizes = json.loads((path / SIZES).read_bytes())
+        return bool(sizes == {name: (path / name).stat().st_size for name in (ROWS, KEYS)})
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+
+
+def _build(path: Path, reference: Reference) -> None:
+    partial = path.with_name(path.name + PARTIAL)
+    for leftover in (partial, path):  # of a killed process, and what is not whole
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir()
+    try:
+        schema = pa.schema([LOGPS_SCHEMA.field(name) for name in (KEY_COLUMN, *COLUMNS)])
+        with open(partial / KEYS, "xb") as keys, pa.ipc.new_file(str(partial / ROWS), schema) as rows:
+            for table in reference.tables(COLUMNS):
+                keys.write(key_array(table[KEY_COLUMN]).tobytes())
+                rows.write_table(table.combine_chunks().cast(schema))
+        sizes = {name: (partial / name).stat().st_size for name in (ROWS, KEYS)}
+        (partial / SIZES).write_text(json.dumps(sizes))
+        for name in (ROWS, KEYS, SIZES):
+            sync_file(partial / name)
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _sole_builder(folder: Path) -> Iterator[None]:
+    """Wait for whoever builds or removes views in `folder`; the system ends the wait when that process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
