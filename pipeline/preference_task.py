@@ -8,16 +8,17 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from cache import open_reference
+from cache import join_sum_logps, locate, open_reference
 from pipeline.deepspeed_engine import Engine
 from pipeline.launch import Job
 from pipeline.logps import ResponseLogps, collate, sequence_sums
 from pipeline.models import disable_dropout, load_policy_start
 from pipeline.objectives import OBJECTIVES, PairLogps
 from pipeline.params import LoopParams, Trainable
-from pipeline.prepared_data import read_pairs, read_responses
+from pipeline.prepared_data import PAIR_SIDES, read_pairs, read_responses
 from pipeline.trainable import select_trainable
 from pipeline.training import micro_steps_for
+from pipeline.workspace import scratch_folder
 
 
 class PreferenceTask:
@@ -26,17 +27,16 @@ class PreferenceTask:
     def __init__(self, pairs: Path, reference: Path, *, objective: str, hyperparameters: dict[str, Any]) -> None:
         self.objective, self.hyperparameters = OBJECTIVES[objective], hyperparameters
         self.beta = hyperparameters.get("beta", 1.0)
-        table = read_pairs(pairs, "train")
-        responses = read_responses(pairs)
-        row_of = {key: row for row, key in enumerate(responses["response_key"])}
+        table = read_pairs(pairs, "train", columns=PAIR_SIDES)
+        responses = read_responses(pairs, columns=["response_key", "prompt_ids", "response_ids"])
         self.prompts = responses["prompt_ids"]
         self.responses = responses["response_ids"]
         self.response_lengths = responses["response_ids"].list.len().to_numpy().astype(np.int64)
         # (n_pairs, 2): chosen and rejected, as rows of `responses`.
-        self.sides = np.array([[row_of[key] for key in table[side]] for side in ("chosen_key", "rejected_key")]).T
-        cached = open_reference(reference, expect=None)
-        self.reference_logps = np.stack(
-            [cached.sum_logps(table[side].to_list()) for side in ("chosen_key", "rejected_key")], axis=1
+        self.sides = np.stack([locate(table[side], responses["response_key"]) for side in PAIR_SIDES], axis=1)
+        assert (self.sides >= 0).all()  # prepare writes every response of a pair
+        self.reference_logps = join_sum_logps(
+            open_reference(reference, expect=None), table.to_arrow().to_batches(), scratch=scratch_folder()
         )
         total = self.response_lengths + responses["prompt_ids"].list.len().to_numpy()
         self.lengths = total[self.sides].sum(axis=1)

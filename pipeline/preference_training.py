@@ -5,15 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
-from cache import Reference, open_reference
+from cache import Reference, open_reference, require_keys
 from pipeline.errors import RequestError
 from pipeline.history import last_row
 from pipeline.launch import Job, file_digest, launch, publish, work_folder
 from pipeline.params import LoopParams, Trainable, TrainParams, variant_loop
-from pipeline.prepared_data import read_pairs
+from pipeline.prepared_data import PAIR_SIDES, read_pairs
 from pipeline.weights import reference_identity
+from pipeline.workspace import scratch_folder
 
 
 def train_policy(
@@ -37,11 +36,11 @@ def train_policy(
     if variant not in params.variants:
         raise RequestError(f"--variant {variant!r} is not in train.variants, which has {sorted(params.variants)}.")
     settings = variant_loop(params, variant)
-    train_pairs = read_pairs(pairs, "train")
+    train_pairs = read_pairs(pairs, "train", columns=PAIR_SIDES)
     if train_pairs.is_empty():
         raise RequestError(f"{pairs} has no training pairs. Add pairs, or lower prepare.test_share.")
     cached = _reference_of(model, reference)
-    cached.sum_logps(pl.concat([train_pairs["chosen_key"], train_pairs["rejected_key"]]).unique().to_list())
+    require_keys(cached, train_pairs.to_arrow().to_batches(), scratch=scratch_folder())
     check_drift(reference, dtype=settings.dtype, tolerance=settings.drift_tolerance)
     objective = params.variants[variant]
     loop = settings.model_dump(include=set(LoopParams.model_fields))

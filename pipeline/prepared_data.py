@@ -6,6 +6,7 @@ PREPARED/pairs/pairs.parquet    one row per preference pair
 PREPARED/pairs/responses.parquet  one row per distinct response under its prompt
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
@@ -57,6 +58,8 @@ PAIRS_SCHEMA = pa.schema(
     ]
 )
 
+PAIR_SIDES = ["chosen_key", "rejected_key"]
+
 
 def write_table(table: pa.Table, path: Path, schema: pa.Schema) -> None:
     """Write `table` as Parquet; the same rows give the same bytes. Row order is the caller's."""
@@ -65,19 +68,23 @@ def write_table(table: pa.Table, path: Path, schema: pa.Schema) -> None:
 
 
 def read_sft(path: Path) -> pl.DataFrame:
-    return _read(path, SFT_SCHEMA)
+    return _scan(path, SFT_SCHEMA).collect()
 
 
-def read_pairs(folder: Path, split: str | None = None) -> pl.DataFrame:
-    pairs = _read(folder / "pairs.parquet", PAIRS_SCHEMA)
-    return pairs if split is None else pairs.filter(pl.col("split") == split)
+def read_pairs(
+    folder: Path, split: str | None = None, *, columns: Sequence[str] = tuple(PAIRS_SCHEMA.names)
+) -> pl.DataFrame:
+    """The pairs in the order of their file, of one split or all. Texts are most of the memory: name what you need."""
+    pairs = _scan(folder / "pairs.parquet", PAIRS_SCHEMA)
+    return (pairs if split is None else pairs.filter(pl.col("split") == split)).select(columns).collect()
 
 
-def read_responses(folder: Path) -> pl.DataFrame:
-    return _read(folder / "responses.parquet", RESPONSES_SCHEMA)
+def read_responses(folder: Path, *, columns: Sequence[str] = tuple(RESPONSES_SCHEMA.names)) -> pl.DataFrame:
+    """The distinct responses in the order of their file."""
+    return _scan(folder / "responses.parquet", RESPONSES_SCHEMA).select(columns).collect()
 
 
-def _read(path: Path, schema: pa.Schema) -> pl.DataFrame:
+def _scan(path: Path, schema: pa.Schema) -> pl.LazyFrame:
     if not path.exists():
         raise RequestError(f"{path} does not exist; it is written by `refcache prepare` (run `dvc repro prepare`).")
     found = pq.read_schema(path)
@@ -86,4 +93,4 @@ def _read(path: Path, schema: pa.Schema) -> pl.DataFrame:
             f"{path} has columns {found.names}, expected {schema.names}. "
             "It comes from another version; run `dvc repro -f prepare`."
         )
-    return pl.read_parquet(path)
+    return pl.scan_parquet(path, glob=False)

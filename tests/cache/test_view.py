@@ -58,9 +58,7 @@ def test_an_epoch_holds_every_row_once_in_the_order_of_its_seed(reference, views
     opened = open_view(reference, views)
     orders = []
     for seed in (1, 1, 2):
-        batches = [
-            ([bytes(key) for key in keys.view("V16").tolist()], rows) for keys, rows in opened.shuffled(7, seed=seed)
-        ]
+        batches = [(key_bytes(keys), rows) for keys, rows in opened.shuffled(7, seed=seed)]
         assert [len(keys) for keys, _ in batches] == [7] * 8 + [4]
         for keys, rows in batches:
             require_equal(keys, rows)
