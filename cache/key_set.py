@@ -52,8 +52,10 @@ class KeySet:
     """Distinct keys in ascending order, 16 bytes each: `array` is (n,) of dtype S16 and not to be changed."""
 
     def __init__(self, keys: Keys = ()) -> None:
-        array = np.array(key_array(keys))  # a copy, so that sorting in place takes no further memory
-        array.sort()
+        array = key_array(keys)
+        if array is keys or not array.flags.owndata:
+            array = array.copy()  # it is the caller's
+        array.sort()  # in place, which takes no further memory
         repeated = array[1:] == array[:-1]
         self.array: KeyArray = array[np.append(True, ~repeated)] if repeated.any() else array
 

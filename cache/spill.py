@@ -1,7 +1,7 @@
 """Rows bucketed by the leading bits of their key, in temporary files: how what does not fit in memory is partitioned.
 
 Keys are digests, so every batch holds keys of every partition: one pass distributes the rows, and then partition after
-partition is read. Up to a few tens of megabytes stay in memory and touch no disk.
+partition is read. A few megabytes stay in memory and touch no disk.
 """
 
 import fcntl
@@ -16,15 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache.key_set import KeySet
+from cache.key_set import KeySet, key_array
 from cache.schema import KEY_COLUMN
-from cache.shards import key_words, partition_numbers
+from cache.shards import partitions_of
 
 # What a source of rows gives for a partition: (its number, the keys still wanted of it) to tables that hold the rows of
 # those keys which the source has. They may hold others, and a key repeatedly: the first row counts.
 PartitionRows = Callable[[int, KeySet], list[pa.Table]]
 
-BUFFER_BYTES = 32 << 20  # of rows in memory before they are written
+BUFFER_BYTES = 8 << 20  # of rows in memory before they are written
 UNUSED, USED = "new-", "spill-"
 
 
@@ -67,8 +67,8 @@ def _locked(descriptor: int) -> bool:
 class Spill:
     """Tables of one schema in 2^bits buckets; `take` gives a bucket's rows in the order in which they were added."""
 
-    def __init__(self, folder: Path, bits: int, *, key_column: str = KEY_COLUMN) -> None:
-        self.folder, self.bits, self.key_column = folder, bits, key_column
+    def __init__(self, folder: Path, bits: int) -> None:
+        self.folder, self.bits = folder, bits
         self._buffer: list[pa.Table] = []
         self._buffered = 0  # bytes
         self._spilled = False
@@ -116,8 +116,8 @@ class Spill:
         with open(self._path(number), "ab") as file:
             file.write(sink.getvalue())
 
-    def _numbers(self, rows: pa.Table) -> npt.NDArray[np.int64]:
-        return partition_numbers(key_words(rows[self.key_column]), self.bits).astype(np.int64)
+    def _numbers(self, rows: pa.Table) -> npt.NDArray[np.uint32]:
+        return partitions_of(key_array(rows[KEY_COLUMN]), self.bits)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.arrows"

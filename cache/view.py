@@ -100,8 +100,9 @@ class ReferenceView:
             raise CacheIncomplete(self.reference.incomplete(len(set(absent)), dict.fromkeys(absent), len(asked)))
         return self.rows_at(positions)
 
-    def rows_at(self, positions: npt.NDArray[np.integer]) -> ViewRows:
+    def rows_at(self, positions: npt.NDArray[Any]) -> ViewRows:
         """The rows at `positions`, 0 to len(self) - 1, in the order asked."""
+        positions = positions.astype(np.int64)
         numbers = self._starts.searchsorted(positions, side="right") - 1
         places = [(self._parts[n], row) for n, row in zip(numbers, positions - self._starts[numbers], strict=True)]
         return ViewRows(
@@ -112,8 +113,9 @@ class ReferenceView:
         )
 
     def shuffled(self, batch_rows: int, *, seed: int) -> Iterator[tuple[KeyArray, ViewRows]]:
-        """One epoch: (keys, rows) of every row once, in an order that `seed` determines; 8 bytes of memory a row."""
-        order = np.random.default_rng(seed).permutation(len(self))
+        """One epoch: (keys, rows) of every row once, in an order that `seed` determines; 4 bytes of memory a row."""
+        order = np.arange(len(self), dtype=np.uint32 if len(self) < 1 << 32 else np.uint64)
+        np.random.default_rng(seed).shuffle(order)
         for start in range(0, len(order), batch_rows):
             positions = order[start : start + batch_rows]
             yield self.keys.array[positions], self.rows_at(positions)
