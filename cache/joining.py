@@ -27,7 +27,7 @@ SLOT = "slot"  # row * columns + column of an asked key, int64
 
 def key_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """The key columns of a Parquet file of pairs, a batch at a time."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, pre_buffer=False) as file:  # which would hold the columns of the whole file
         yield from file.iter_batches(BATCH_ROWS, columns=columns)
 
 
