@@ -24,6 +24,7 @@ from cache.shards import read_shard_metadata
 from cache.spill import PartitionRows
 
 SHOWN_KEYS = 3
+GROUPS_AT_ONCE = 5  # row groups, where all are read
 ATTEMPTS = 5  # to find the folder between two publications
 
 
@@ -59,9 +60,11 @@ class Reference:
         return KeySet(np.concatenate([key_array(()), *(key_array(rows[KEY_COLUMN]) for rows in self.tables([]))]))
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """response_key and `columns` of all rows, one table per shard, in the order of keys."""
+        """response_key and `columns` of all rows in the order of keys, up to 10,000 rows at a time."""
         for ranges in self._ranges:
-            yield self._read(ranges, np.arange(len(ranges.first)), columns)
+            groups = np.arange(len(ranges.first))
+            for start in range(0, len(groups), GROUPS_AT_ONCE):
+                yield self._read(ranges, groups[start : start + GROUPS_AT_ONCE], columns)
 
     def matching(self, wanted: KeySet, columns: Sequence[str]) -> Iterator[tuple[npt.NDArray[np.int64], pa.Table]]:
         """Rows of `wanted` that there are: per shard, their positions in `wanted`, and response_key and `columns`.

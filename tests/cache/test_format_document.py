@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from cache import journal, publish_reference, schema
+from cache import journal, publish_reference, schema, view
 from tests.cache.rows import identity, make_rows
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "cache-format.md").read_text()
@@ -20,6 +20,17 @@ def test_the_documented_lines_compute_the_documented_keys():
     assert len(stated) == 2
     for expression, digest in stated:
         assert eval(expression, names) == digest
+
+
+def test_the_documented_view_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    publish_reference(Path("data/reference/logps"), make_rows(0, 200), identity())
+    (lines,) = [block for block in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL) if "open_view" in block]
+    names: dict[str, object] = {}
+    exec(lines, names)
+    (path,) = [path for path in Path(".refcache/views").iterdir() if path.is_dir()]
+    for file in (view.ROWS, view.KEYS, view.SIZES):
+        assert (path / file).is_file() and f"| `{file}` |" in DOCUMENT
 
 
 def test_the_documented_columns_are_those_of_a_shard(tmp_path):
