@@ -43,7 +43,7 @@ def ensure_drift(
     forward by transformers is repeated only if the sample, its cached values or the trainer's dtype changed.
     """
     file = out / FILE
-    before = json.loads(file.read_text()) if file.exists() else {}
+    before = read_drift(out) or {}
     sample = choose_sample(responses, sample_size)
     keys = sample["response_key"].to_list()
     describes = {
@@ -65,7 +65,7 @@ def ensure_drift(
     content["typical_margin"] = six_digits(typical_margin(pairs, reference))
     content |= {"tolerance": tolerance, "flagged": count_flagged(measured["sequences"], tolerance)}
     content["rescored"] = {"rows": len(rescored), "keys": keys_digest(rescored)}
-    content["sequences"] = measured["sequences"]
+    content |= {"sequences": measured["sequences"], "rescored_keys": sorted(key.hex() for key in rescored)}
     if content != before:
         # A new file and a rename: the old one may be a hard link into DVC's own store.
         temporary = file.with_suffix(".json.partial")
@@ -84,21 +84,15 @@ def open_for_model(path: Path, model: Path) -> Reference:
     return open_reference(path, expect=dataclasses.replace(found, weights=ours.weights, config=ours.config))
 
 
+def read_drift(out: Path) -> dict[str, Any] | None:
+    """The content of out/drift.json; None where there is none."""
+    file = out / FILE
+    return json.loads(file.read_text()) if file.exists() else None
+
+
 def summary(content: dict[str, Any]) -> dict[str, Any]:
     """drift.json without its rows: what metrics and reports show."""
-    return {name: value for name, value in content.items() if name != "sequences"}
-
-
-def read_summary(out: Path) -> dict[str, Any] | None:
-    """What out/drift.json says, without its rows; None where there is none."""
-    file = out / FILE
-    return summary(json.loads(file.read_text())) if file.exists() else None
-
-
-def sample_size(out: Path) -> int | None:
-    """How many responses out/drift.json was measured on; None where there is none."""
-    content = read_summary(out)
-    return None if content is None else content.get("responses")
+    return {name: value for name, value in content.items() if name not in ("sequences", "rescored_keys")}
 
 
 def count_flagged(sequences: Sequence[dict[str, Any]], tolerance: float) -> int:

@@ -13,9 +13,11 @@ import polars as pl
 from cache import CacheCorrupt, Journal, Reference, logps_table, open_reference, verify
 from pipeline import drift
 from pipeline.drift_tally import DriftTally
+from pipeline.params import ScoreParams
 from pipeline.prepared_data import iter_responses, scan_pairs, scan_responses
 from pipeline.progress import progress_bar
 from pipeline.publication import publish_needed
+from pipeline.rescored import adopt, recorded_rows
 from pipeline.scoring_plan import ROW_COLUMNS, engine_rows
 from pipeline.trainer_forward import TrainerForward
 from pipeline.workspace import journal_folder, rescored_folder
@@ -23,6 +25,7 @@ from pipeline.workspace import journal_folder, rescored_folder
 CHUNK_ROWS = 2000  # looked up in the reference cache at a time
 JOURNAL_ROWS = 64  # rescored between two appends: what a kill can cost
 LISTED_ROWS = 1000  # flagged rows that are named, the worst; all are counted and rescored
+DESCRIBED_ROWS = 20  # of the flagged ones, in `describe`
 LISTED_SOURCES = 5  # of each, where many pairs share a response
 
 
@@ -33,6 +36,17 @@ class Flagged(NamedTuple):
     n_tokens: int
     drift: float
     own_sum: float
+
+
+class _Scope(NamedTuple):
+    """What is compared with what: the arguments of `check_reference_drift`."""
+
+    pairs: Path
+    model: Path
+    dtype: str
+    sample: int | None
+    tolerance: float
+    trust_remote_code: bool
 
 
 def check_reference_drift(
@@ -63,10 +77,11 @@ def check_reference_drift(
     and with `rescore` CacheLocked while another process scores this reference.
     """
     reference = drift.open_for_model(path, model)
-    scope = {"pairs": pairs, "model": model, "dtype": trainer_dtype, "trust_remote_code": trust_remote_code}
+    scope = _Scope(pairs, model, trainer_dtype, sample, tolerance, trust_remote_code)
     if not rescore:
-        found, _ = _compare(reference, sample=sample, tolerance=tolerance, **scope)
-        return found | {"rescored": None, "drift": drift.read_summary(path)}
+        found, _ = _compare(reference, scope)
+        stored = drift.read_drift(path)
+        return found | {"rescored": None, "drift": stored and drift.summary(stored)}
     identity = reference.identity
     with (
         Journal(journal_folder() / identity.reference_id),  # one writer: scoring and this exclude each other
@@ -74,22 +89,10 @@ def check_reference_drift(
     ):
         reference = open_reference(path, expect=identity)
         _require_sound(path)
-        found, flagged = _compare(reference, sample=sample, tolerance=tolerance, **scope)
-        outcome = _rescore(flagged, journal, pairs, model, tolerance, trust_remote_code)
-        keys, rescored = reference.keys(), journal.keys()
-        if keys & rescored:
-            publish_needed(path, keys, journals=[journal], published=reference, identity=identity)
-        measured = drift.ensure_drift(
-            path,
-            model,
-            responses=scan_responses(pairs),
-            pairs=scan_pairs(pairs).select("chosen_key", "rejected_key").collect(),
-            reference=open_reference(path, expect=identity),
-            trainer_dtype=trainer_dtype,
-            sample_size=drift.sample_size(path) or sample or found["responses"],
-            trust_remote_code=trust_remote_code,
-            rescored=keys & rescored,
-        )
+        adopt(recorded_rows(path, identity.reference_id), journal, reference)
+        found, flagged = _compare(reference, scope)
+        outcome = _rescore(flagged, journal, scope)
+        measured = _publish(reference, journal, scope)
     return found | {"rescored": outcome, "drift": drift.summary(measured)}
 
 
@@ -104,28 +107,20 @@ def _require_sound(path: Path) -> None:
         )
 
 
-def _compare(
-    reference: Reference,
-    *,
-    pairs: Path,
-    model: Path,
-    dtype: str,
-    sample: int | None,
-    tolerance: float,
-    trust_remote_code: bool,
-) -> tuple[dict[str, Any], list[Flagged]]:
+def _compare(reference: Reference, scope: _Scope) -> tuple[dict[str, Any], list[Flagged]]:
+    pairs, sample = scope.pairs, scope.sample
     chosen = None if sample is None else drift.choose_sample(scan_responses(pairs), sample)["response_key"]
     lengths = _lengths(pairs, chosen)
     reference.rows(lengths["response_key"], ["n_tokens"])  # a missing row is told now, not after hours
     tally, flagged = DriftTally(), list[Flagged]()
-    forward = TrainerForward(model, dtype, trust_remote_code=trust_remote_code)
+    forward = TrainerForward(scope.model, scope.dtype, trust_remote_code=scope.trust_remote_code)
     with progress_bar("drift", len(lengths), tokens=int(lengths["length"].sum())) as advance:
         for rows in _chunks(pairs, chosen):
             cached = reference.rows(rows["response_key"], ["token_logps"])["token_logps"]
             for key, values, row in zip(rows["response_key"], cached, engine_rows(rows), strict=True):
                 own = forward(*row)
                 off = tally.add(drift.difference(values.to_numpy(), own))
-                if off > tolerance:
+                if off > scope.tolerance:
                     flagged.append(Flagged(key, len(own), off, float(own.sum(dtype=np.float64))))
                 advance(1, len(row[0]) + len(row[1]))
     flagged.sort(key=lambda row: (-row.drift, row.key))
@@ -133,10 +128,10 @@ def _compare(
     found = {
         "path": str(reference.path),
         "reference_id": reference.identity.reference_id,
-        "trainer_dtype": dtype,
+        "trainer_dtype": scope.dtype,
         **tally.statistics(),
         "typical_margin": drift.six_digits(drift.typical_margin(keys, reference)),
-        "tolerance": tolerance,
+        "tolerance": scope.tolerance,
         "flagged_rows": len(flagged),
         "flagged": _named(flagged[:LISTED_ROWS], pairs),
         "unchecked": reference.n_rows - len(lengths) if sample is None else 0,
@@ -182,16 +177,14 @@ def _named(flagged: list[Flagged], pairs: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _rescore(
-    flagged: list[Flagged], journal: Journal, pairs: Path, model: Path, tolerance: float, trust_remote_code: bool
-) -> dict[str, int]:
+def _rescore(flagged: list[Flagged], journal: Journal, scope: _Scope) -> dict[str, int]:
     """Journal float32 values of the flagged rows that the journal lacks."""
     known = journal.keys()
     wanted = [row.key for row in flagged if row.key not in known]
     if wanted:
-        forward = TrainerForward(model, "float32", trust_remote_code=trust_remote_code)
+        forward = TrainerForward(scope.model, "float32", trust_remote_code=scope.trust_remote_code)
         with progress_bar("rescore in float32", len(wanted)) as advance:
-            for chunk in _chunks(pairs, pl.Series(wanted, dtype=pl.Binary)):
+            for chunk in _chunks(scope.pairs, pl.Series(wanted, dtype=pl.Binary)):
                 for rows in chunk.iter_slices(JOURNAL_ROWS):
                     inputs = engine_rows(rows)
                     _append(journal, rows, inputs, [forward(*row) for row in inputs])
@@ -200,8 +193,28 @@ def _rescore(
     still = 0
     for table in journal.tables() if flagged else ():
         for key, value in zip(table["response_key"].to_pylist(), table["sum_logp"].to_pylist(), strict=True):
-            still += key in trainers and abs(value - trainers[key]) > tolerance
+            still += key in trainers and abs(value - trainers[key]) > scope.tolerance
     return {"rows": len(wanted), "kept": len(flagged) - len(wanted), "still_flagged": still}
+
+
+def _publish(reference: Reference, journal: Journal, scope: _Scope) -> dict[str, Any]:
+    """Publish the same rows, rescored ones from the journal; returns the content of drift.json, measured anew."""
+    keys = reference.keys()
+    rescored = keys & journal.keys()
+    if rescored:
+        publish_needed(reference.path, keys, journals=[journal], published=reference, identity=reference.identity)
+    before = drift.read_drift(reference.path) or {}
+    return drift.ensure_drift(
+        reference.path,
+        scope.model,
+        responses=scan_responses(scope.pairs),
+        pairs=scan_pairs(scope.pairs).select("chosen_key", "rejected_key").collect(),
+        reference=open_reference(reference.path, expect=reference.identity),
+        trainer_dtype=scope.dtype,
+        sample_size=before.get("responses", ScoreParams.model_fields["drift_sample"].default),
+        trust_remote_code=scope.trust_remote_code,
+        rescored=rescored,
+    )
 
 
 def _append(
@@ -216,3 +229,33 @@ def _append(
             token_logps=logps,
         )
     )
+
+
+def describe(found: dict[str, Any]) -> list[str]:
+    """What `check_reference_drift` returned, as lines for people."""
+    sequence, token = found["per_sequence"], found["per_token"]
+    lines = [
+        f"{found['path']}: {found['responses']:,} responses, {found['tokens']:,} tokens against transformers in "
+        f"{found['trainer_dtype']}",
+        f"drift per sequence: max {sequence['max']:.3g}, mean {sequence['mean']:.3g}, p99 {sequence['p99']:.3g} nats "
+        f"(typical margin {found['typical_margin']:.3g})",
+        f"drift per token: max {token['max']:.3g}, mean {token['mean']:.3g}, p99 {token['p99']:.3g} nats",
+        f"{found['flagged_rows']:,} rows drift by more than {found['tolerance']:g} nats (train.drift_tolerance)",
+    ]
+    lines += [
+        f"  {row['response_key']}: {row['drift']:.3g} nats over {row['n_tokens']} tokens; {', '.join(row['sources'])}"
+        for row in found["flagged"][:DESCRIBED_ROWS]
+    ]
+    if found["flagged_rows"] > DESCRIBED_ROWS:
+        lines.append(f"  and {found['flagged_rows'] - DESCRIBED_ROWS:,} more")
+    if found["unchecked"]:
+        lines.append(f"{found['unchecked']:,} rows were not checked: no pair uses them, so their tokens are unknown")
+    if found["rescored"] is not None:
+        done = found["rescored"]
+        lines.append(f"{done['rows']:,} rows scored anew with transformers in float32, {done['kept']:,} were before")
+        if done["still_flagged"]:
+            lines.append(
+                f"{done['still_flagged']:,} of them still drift by more: that is the rounding of a trainer in "
+                f"{found['trainer_dtype']}. Train in float32, or raise train.drift_tolerance knowingly."
+            )
+    return lines

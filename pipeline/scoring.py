@@ -17,6 +17,7 @@ from pipeline.params import ScoreParams
 from pipeline.prepared_data import read_pairs, read_responses
 from pipeline.progress import activity, progress_bar
 from pipeline.publication import publish_needed, sound_reference
+from pipeline.rescored import adopt, recorded_rows
 from pipeline.scoring_plan import (
     ROW_COLUMNS,
     calls,
@@ -69,9 +70,11 @@ def score_responses(
         Journal(journal_folder() / identity.reference_id) as journal,
         Journal(rescored_folder(identity.reference_id)) as rescored,
     ):
-        by_transformers = rescored.keys()
-        journalled = journal.keys() | by_transformers
-        published = sound_reference(out, identity) if needed - journalled else None
+        recorded = recorded_rows(out, identity.reference_id) & needed - rescored.keys()
+        journalled = journal.keys() | rescored.keys()
+        published = sound_reference(out, identity) if recorded or needed - journalled else None
+        if published and recorded:
+            adopt(recorded, rescored, published)
         known = journalled | (published.keys() if published else set())
         missing = rows.filter(~pl.col("response_key").is_in(known)) if known else rows
         work = _score_missing(missing, model, params, trust_remote_code, journal) if len(missing) else _Work()
@@ -86,7 +89,7 @@ def score_responses(
             sample_size=params.drift_sample,
             trust_remote_code=trust_remote_code,
             tolerance=drift_tolerance,
-            rescored=needed & by_transformers,
+            rescored=needed & rescored.keys(),
         )
     return _write_metrics(metrics, responses, work, identity, measured)
 

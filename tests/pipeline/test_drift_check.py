@@ -14,7 +14,7 @@ import torch
 from cache import CacheCorrupt, CacheIncomplete, CacheLocked, CacheMismatch, Journal, open_reference, verify
 from pipeline import drift_check, scoring
 from pipeline.drift import choose_sample, keys_digest
-from pipeline.drift_check import check_reference_drift
+from pipeline.drift_check import check_reference_drift, describe
 from pipeline.params import ScoreParams
 from pipeline.prepared_data import read_pairs, read_responses
 from pipeline.workspace import journal_folder
@@ -116,6 +116,14 @@ def test_every_altered_row_is_flagged_with_its_drift_and_the_pairs_that_use_it(p
     assert project.check(tolerance=1.5)["flagged_rows"] == 1
 
 
+def test_people_read_the_figures_the_worst_rows_and_what_was_done(project):
+    shift_row(project.logps, project.keys[3], 1.0)
+    lines = describe(project.check(rescore=True))
+    assert any(line.startswith("1 rows drift by more than 0.25 nats") for line in lines)
+    assert any(line.startswith(f"  {project.keys[3].hex()}: 1 nats over") and "tiny.jsonl:" in line for line in lines)
+    assert lines[-1] == "1 rows scored anew with transformers in float32, 0 were before"
+
+
 def test_a_sample_sees_only_its_own_rows(project):
     sampled = choose_sample(project.responses, 4)["response_key"].to_list()
     shift_row(project.logps, next(key for key in project.keys if key not in sampled), 1.0)
@@ -165,6 +173,21 @@ def test_rescored_rows_outlive_the_next_score_although_the_engines_are_journalle
     assert {name: files[name] for name in files if name != "drift.json"} == {
         name: content for name, content in project.files().items() if name != "drift.json"
     }
+
+
+def test_rescored_rows_travel_with_the_publication_to_a_clone_that_has_the_engines_rows(project, monkeypatch):
+    key = project.keys[5]
+    shift_row(project.logps, key, 1.0)
+    engines = open_reference(project.logps, expect=None).scan().collect().to_arrow()
+    project.check(rescore=True)
+    project.score()  # so that nothing but the place differs from here on
+    before = project.files()
+    for home, rows in (("clone", engines), ("fresh-clone", None)):
+        monkeypatch.setenv("REFCACHE_HOME", str(project.root / home))
+        if rows is not None:
+            with Journal(journal_folder() / project.reference_id) as journal:
+                journal.append(rows)
+        assert project.score()["rows_scored"] == 0 and project.files() == before
 
 
 KILLED = """

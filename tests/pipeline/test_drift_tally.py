@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.drift import drift_statistics
@@ -13,6 +13,7 @@ differences = st.one_of(st.just(0.0), st.floats(1e-9, 1e3), st.floats(-1e3, -1e-
 rows = st.lists(st.lists(differences, min_size=1, max_size=30), min_size=1, max_size=40)
 
 
+@settings(max_examples=50)
 @given(rows)
 def test_tally_agrees_with_every_value_at_hand(rows):
     tally = DriftTally()
@@ -26,6 +27,7 @@ def test_tally_agrees_with_every_value_at_hand(rows):
         assert found[name] == pytest.approx(exact, rel=3e-3, abs=1e-11)
 
 
+@settings(max_examples=50)
 @given(rows)
 def test_stored_statistics_against_a_loop(rows):
     own = [np.zeros(len(row)) for row in rows]
