@@ -253,6 +253,8 @@ def describe(found: dict[str, Any]) -> list[str]:
     if found["rescored"] is not None:
         done = found["rescored"]
         lines.append(f"{done['rows']:,} rows scored anew with transformers in float32, {done['kept']:,} were before")
+        if done["rows"]:
+            lines.append("Run `dvc repro score`, so that DVC records them; no engine is started for that.")
         if done["still_flagged"]:
             lines.append(
                 f"{done['still_flagged']:,} of them still drift by more: that is the rounding of a trainer in "
