@@ -37,7 +37,7 @@ class PreferenceTask:
         self.objective, self.hyperparameters = OBJECTIVES[objective], hyperparameters
         self.beta = hyperparameters.get("beta", 1.0)
         table = read_pairs(pairs, "train")
-        self.start = StartCheck(reference, table["source"], drift_tolerance)
+        self.start = StartCheck(reference, pairs, drift_tolerance)
         responses = read_responses(pairs)
         row_of = {key: row for row, key in enumerate(responses["response_key"])}
         self.prompts = responses["prompt_ids"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import RunFailed
 from pipeline.objectives import PairLogps
+from pipeline.prepared_data import scan_pairs
 
 # The tolerance is for the 99th percentile of drift, so one honest row in a hundred may lie above it, in bf16 most of
 # all. Three times the tolerance is beyond that tail.
@@ -24,10 +25,10 @@ _SUM = "start/drift"
 class StartCheck:
     """Compares the first batch's policy log-probs, before any update, with the cached ones."""
 
-    def __init__(self, reference: Path, sources: pl.Series, tolerance: float) -> None:
-        """sources: where each training pair comes from ("file:line"); tolerance: nats a response."""
-        self.reference, self.sources, self.tolerance = reference, sources, tolerance
-        self._worst = (0.0, "")
+    def __init__(self, reference: Path, pairs: Path, tolerance: float) -> None:
+        """pairs: folder of prepared pairs, whose training split `observe` numbers; tolerance: nats a response."""
+        self.reference, self.pairs, self.tolerance = reference, pairs, tolerance
+        self._worst = (0.0, "", 0)  # nats, side, number of the pair
 
     def observe(self, pair: PairLogps, micro: np.ndarray) -> dict[str, Tensor]:
         """The micro-batch's sum of |log-ratio|, for `judge`; RunFailed for a row far beyond the tolerance.
@@ -36,18 +37,21 @@ class StartCheck:
         """
         drift = torch.stack([pair.chosen_log_ratio, pair.rejected_log_ratio]).detach().abs()  # (2, B)
         side, place = divmod(int(drift.flatten().argmax()), len(micro))
-        value, at = float(drift[side, place]), f"the {SIDES[side]} response of {self.sources[int(micro[place])]}"
-        self._worst = max(self._worst, (value, at))
-        if value > OUTLIER * self.tolerance:
-            raise RunFailed(self._message(f"{value:.3g} nats in {at}, more than {OUTLIER:g} times what"))
+        self._worst = max(self._worst, (float(drift[side, place]), SIDES[side], int(micro[place])))
+        if self._worst[0] > OUTLIER * self.tolerance:
+            raise RunFailed(self._message(f"{self._where()}, more than {OUTLIER:g} times what"))
         return {_SUM: drift.double().sum()}
 
     def judge(self, sums: dict[str, float], pairs: int) -> None:
         """Take the first batch's sum out of `sums`; RunFailed if its mean over responses exceeds the tolerance."""
         mean = sums.pop(_SUM, 0.0) / (2 * pairs)
         if mean > self.tolerance:
-            value, at = self._worst
-            raise RunFailed(self._message(f"{mean:.3g} nats on average ({value:.3g} in {at}), more than"))
+            raise RunFailed(self._message(f"{mean:.3g} nats on average ({self._where()}), more than"))
+
+    def _where(self) -> str:
+        value, side, number = self._worst
+        sources = scan_pairs(self.pairs).filter(pl.col("split") == "train").select("source")
+        return f"{value:.3g} nats in the {side} response of {sources.slice(number, 1).collect().item()}"
 
     def _message(self, what: str) -> str:
         return (
