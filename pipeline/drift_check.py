@@ -1,6 +1,6 @@
 """Drift on demand: every row, or a larger sample, against the trainer's own forward; flagged rows scored again.
 
-Memory holds one chunk of rows and the flagged rows' keys, however large the reference cache is.
+Memory holds one chunk of rows, and of all others some 50 bytes each: keys and lengths, never tokens.
 """
 
 from collections.abc import Iterator

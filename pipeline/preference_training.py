@@ -95,7 +95,7 @@ def check_drift(reference: Reference, *, dtype: str, tolerance: float) -> None:
             f"{file} was measured on other values than {reference.path} holds now. "
             "The drift of these is unknown; run `dvc repro -f score`, which measures it and scores nothing twice."
         )
-    if drift["per_sequence"]["p99"] > tolerance:
+    if not drift["per_sequence"]["p99"] <= tolerance:  # NaN is refused too
         flagged = f", {count_flagged(sampled, tolerance)} of {len(sampled)} sampled rows above it" if sampled else ""
         raise RequestError(
             f"{file}: cache and trainer differ by {drift['per_sequence']['p99']:.3g} nats a sequence (p99), "

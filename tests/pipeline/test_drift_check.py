@@ -7,14 +7,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from cache import CacheCorrupt, CacheIncomplete, CacheLocked, CacheMismatch, Journal, open_reference, verify
+from cache import (
+    CacheCorrupt,
+    CacheIncomplete,
+    CacheLocked,
+    CacheMismatch,
+    Journal,
+    open_reference,
+    response_key,
+    verify,
+)
 from pipeline import drift_check, scoring
-from pipeline.drift import choose_sample, keys_digest
+from pipeline.drift import choose_sample, keys_digest, transformers_logps
 from pipeline.drift_check import check_reference_drift, describe
+from pipeline.errors import RunFailed
 from pipeline.params import ScoreParams
 from pipeline.prepared_data import read_pairs, read_responses
 from pipeline.workspace import journal_folder
@@ -256,6 +268,16 @@ def test_damage_is_never_published_under_a_new_checksum(project):
     with pytest.raises(CacheCorrupt, match="--repair"):
         project.check(rescore=True)
     assert project.files() == before
+
+
+def test_a_model_whose_forward_is_not_finite_is_a_failed_run_and_no_small_drift(project):
+    model = AutoModelForCausalLM.from_pretrained(project.model)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(project.root / "broken")
+    rows = [(np.array([3, 4]), np.array([5]))]
+    with pytest.raises(RunFailed, match=f"not finite, for response {response_key([3, 4], [5]).hex()}"):
+        transformers_logps(project.root / "broken", rows, "float32")
 
 
 def test_other_weights_and_missing_rows_are_refused_before_any_forward(project, monkeypatch):
