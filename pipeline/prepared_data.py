@@ -6,7 +6,7 @@ PREPARED/pairs/pairs.parquet    one row per preference pair
 PREPARED/pairs/responses.parquet  one row per distinct response under its prompt
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -68,20 +68,36 @@ def write_table(table: pa.Table, path: Path, schema: pa.Schema) -> None:
 
 
 def read_sft(path: Path) -> pl.DataFrame:
-    return _scan(path, SFT_SCHEMA).collect()
+    return _read(path, SFT_SCHEMA)
 
 
-def read_pairs(
-    folder: Path, split: str | None = None, *, columns: Sequence[str] = tuple(PAIRS_SCHEMA.names)
-) -> pl.DataFrame:
-    """The pairs in the order of their file, of one split or all. Texts are most of the memory: name what you need."""
-    pairs = _scan(folder / "pairs.parquet", PAIRS_SCHEMA)
-    return (pairs if split is None else pairs.filter(pl.col("split") == split)).select(columns).collect()
+def read_pairs(folder: Path, split: str | None = None) -> pl.DataFrame:
+    pairs = _read(folder / "pairs.parquet", PAIRS_SCHEMA)
+    return pairs if split is None else pairs.filter(pl.col("split") == split)
 
 
-def read_responses(folder: Path, *, columns: Sequence[str] = tuple(RESPONSES_SCHEMA.names)) -> pl.DataFrame:
-    """The distinct responses in the order of their file."""
-    return _scan(folder / "responses.parquet", RESPONSES_SCHEMA).select(columns).collect()
+def read_responses(folder: Path) -> pl.DataFrame:
+    return _read(folder / "responses.parquet", RESPONSES_SCHEMA)
+
+
+def scan_pairs(folder: Path) -> pl.LazyFrame:
+    return _scan(folder / "pairs.parquet", PAIRS_SCHEMA)
+
+
+def scan_responses(folder: Path) -> pl.LazyFrame:
+    return _scan(folder / "responses.parquet", RESPONSES_SCHEMA)
+
+
+def iter_responses(folder: Path, columns: Sequence[str], *, rows: int) -> Iterator[pl.DataFrame]:
+    """The responses in file order, at most `rows` at a time, so that memory does not grow with the file."""
+    scan_responses(folder)
+    with pq.ParquetFile(folder / "responses.parquet") as file:
+        for batch in file.iter_batches(rows, columns=list(columns)):
+            yield pl.DataFrame(batch)
+
+
+def _read(path: Path, schema: pa.Schema) -> pl.DataFrame:
+    return _scan(path, schema).collect()
 
 
 def _scan(path: Path, schema: pa.Schema) -> pl.LazyFrame:

@@ -1,4 +1,4 @@
-"""From the journal and what is published already to a new publication of exactly the rows that the pairs need."""
+"""From the journals and what is published already to a new publication of exactly the rows that the pairs need."""
 
 import sys
 from collections.abc import Sequence
