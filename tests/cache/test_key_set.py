@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache import KeySet, locate
@@ -23,6 +23,7 @@ def test_keys_survive_the_array_in_order_and_with_trailing_zeros(given_keys):
 
 
 @given(keys, keys)
+@settings(max_examples=40)
 def test_a_key_set_is_a_sorted_set(one, other):
     mine, theirs = KeySet(one), KeySet(other)
     assert list(mine) == sorted(set(one)) and len(mine) == len(set(one))
@@ -36,6 +37,7 @@ def test_a_key_set_is_a_sorted_set(one, other):
 
 
 @given(keys, st.integers(0, 9))
+@settings(max_examples=40)
 def test_partitions_are_the_leading_bits(given_keys, bits):
     whole = KeySet(given_keys)
     for number in range(1 << bits):
@@ -44,6 +46,7 @@ def test_partitions_are_the_leading_bits(given_keys, bits):
 
 
 @given(keys, st.randoms(use_true_random=False))
+@settings(max_examples=40)
 def test_locate_finds_where_each_key_stands(given_keys, randoms):
     among = list(set(given_keys))
     randoms.shuffle(among)
