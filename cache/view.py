@@ -43,8 +43,8 @@ class ViewRows(NamedTuple):
 def open_view(reference: Reference, folder: Path) -> "ReferenceView":
     """The view of `reference` in `folder`, for example .refcache/views; built first if it is not there or not whole.
 
-    Takes as much disk as the rows uncompressed: 48 bytes and 8 a token for each. Of several processes one builds, and
-    the others wait. Raises CacheError when the system refuses, CacheCorrupt when a shard is damaged.
+    Takes 52 bytes of disk a row and 8 a token. Of several processes one builds, and the others wait. Raises CacheError
+    when the system refuses, CacheCorrupt when a shard is damaged.
     """
     path = view_path(reference, folder)
     kept = "The reference cache is intact."
