@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ import pyarrow.parquet as pq
 
 from cache.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMismatch, system_errors
 from cache.identity import ReferenceIdentity, require_identity
-from cache.manifest import EXCHANGE, Manifest, Shard, read_manifest, remedy
-from cache.schema import KEY_COLUMN, LOGPS, LOGPS_SCHEMA
+from cache.manifest import EXCHANGE, Manifest, Shard, file_digest, read_manifest, remedy
+from cache.schema import FORMAT_VERSION, KEY_COLUMN, LOGPS, LOGPS_SCHEMA
 from cache.shards import read_shard_metadata
 
 Keys = Sequence[bytes] | pl.Series
 SHOWN_KEYS = 3
+HASHING_THREADS = 8
 ATTEMPTS = 5  # to find the folder between two publications
 
 
@@ -29,6 +31,7 @@ class Reference:
     path: Path
     manifest: Manifest
     identity: ReferenceIdentity
+    intact: set[str] = field(default_factory=set, repr=False, compare=False)  # shards whose bytes were checked
 
     @property
     def n_rows(self) -> int:
@@ -40,7 +43,12 @@ class Reference:
         return self.manifest.n_tokens
 
     def scan(self) -> pl.LazyFrame:
-        """All rows, lazily: the columns of LOGPS_SCHEMA, sorted by response_key."""
+        """All rows, lazily: the columns of LOGPS_SCHEMA, sorted by response_key.
+
+        The first call hashes every shard, since polars would read some flipped bytes as other log-probs. Raises
+        CacheCorrupt naming the shard, CacheError where another publication has replaced it.
+        """
+        self._require_intact()
         if not self.manifest.shards:
             return pl.DataFrame(LOGPS_SCHEMA.empty_table()).lazy()
         return pl.scan_parquet([self.path / shard.file for shard in self.manifest.shards], glob=False)
@@ -73,18 +81,36 @@ class Reference:
         """log pi_ref(response given prompt) in nats, (len(keys),) float64, in the order asked; raises as `rows`."""
         return self.rows(keys, ["sum_logp"])["sum_logp"].to_numpy()
 
+    def _require_intact(self) -> None:
+        unread = [shard for shard in self.manifest.shards if shard.file not in self.intact]
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashlib releases the interpreter lock
+            digests = pool.map(lambda shard: file_digest(self.path / shard.file), unread)
+            for shard in unread:
+                path = self.path / shard.file
+                try:
+                    digest = next(digests)
+                except OSError as error:
+                    raise self._unreadable(str(error)) from error
+                if digest != shard.blake2b:
+                    found = f"its bytes hash to {digest[:12]}, expected {shard.blake2b[:12]}"
+                    raise CacheCorrupt(f"{path} is damaged: {found}. {remedy(self.path)}")
+                self.intact.add(shard.file)
+
     def _collect(self, frame: pl.LazyFrame) -> pl.DataFrame:
         try:
             return frame.collect()
         except (OSError, pl.exceptions.PolarsError) as error:
-            if read_manifest(self.path) != self.manifest:
-                raise CacheError(
-                    f"{self.path} was published anew while it was being read, and its old shards are gone. Run again."
-                ) from error
-            raise CacheCorrupt(
-                f"A shard of {self.path} cannot be read: {error}. `refcache verify {self.path}` names it. "
-                + remedy(self.path)
-            ) from error
+            raise self._unreadable(str(error)) from error
+
+    def _unreadable(self, problem: str) -> CacheError:
+        if read_manifest(self.path) != self.manifest:
+            return CacheError(
+                f"{self.path} was published anew while it was being read, and its old shards are gone. Run again."
+            )
+        return CacheCorrupt(
+            f"A shard of {self.path} cannot be read: {problem}. `refcache verify {self.path}` names it. "
+            + remedy(self.path)
+        )
 
     def _incomplete(self, absent: list[bytes], asked: int) -> str:
         first = ", ".join(key.hex() for key in absent[:SHOWN_KEYS]) + (", ..." if len(absent) > SHOWN_KEYS else "")
@@ -102,8 +128,9 @@ def open_reference(path: Path | str, *, expect: ReferenceIdentity | None) -> Ref
     """Open the reference cache in folder `path` for reading; `expect=None` accepts whichever reference it holds.
 
     Checks the manifest, the identity, and that the folder holds exactly the listed shards, each of the listed size and
-    of the same reference. Bytes inside the shards are checked by `verify`. Raises CacheIncomplete (never published),
-    CacheMismatch (another reference, kind, or a newer format) or CacheCorrupt (missing, damaged or foreign files).
+    of the same reference; the bytes inside are checked when rows are first read. Raises CacheIncomplete (never
+    published), CacheMismatch (another reference, kind, or a newer format) or CacheCorrupt (missing, damaged or foreign
+    files).
     """
     folder = Path(path)
     for remaining in reversed(range(ATTEMPTS)):
@@ -130,7 +157,8 @@ def _open(folder: Path, expect: ReferenceIdentity | None) -> Reference:
     if strays:
         raise CacheCorrupt(
             f"{folder} holds {', '.join(strays)}, which {'is' if len(strays) == 1 else 'are'} not in its manifest; "
-            "whoever scans the folder would read foreign rows. Move such files away, or run `dvc repro -f score`."
+            "whoever scans the folder would read foreign rows. Move such files away, or run "
+            f"`refcache verify {folder} --repair`, which does."
         )
     return Reference(folder, manifest, identity)
 
@@ -156,6 +184,11 @@ def _require_shard(folder: Path, shard: Shard, manifest: Manifest) -> None:
         raise CacheCorrupt(f"{path} is listed in the manifest but missing. {remedy(folder)}") from None
     except (OSError, pa.ArrowException) as error:
         raise CacheCorrupt(f"{path} is no readable Parquet file: {error}. {remedy(folder)}") from error
+    if isinstance(version := found.get("format_version"), int) and version > FORMAT_VERSION:
+        raise CacheMismatch(
+            f"{path} has format version {version}; this refcache reads up to {FORMAT_VERSION}. Upgrade refcache; "
+            "nothing was changed."
+        )
     if found.get("reference_id") != manifest.reference_id:
         raise CacheMismatch(
             f"{path} belongs to reference {found.get('reference_id', 'unknown')}, "

@@ -18,6 +18,11 @@ def journal_folder() -> Path:
     return workspace() / "journal"
 
 
+def damaged_folder() -> Path:
+    """Files that `verify --repair` moved aside, in folders REFERENCE_ID-N."""
+    return workspace() / "damaged"
+
+
 def log_file(name: str) -> Path:
     """The log of one engine, .refcache/logs/NAME.log; its folder exists on return."""
     folder = workspace() / "logs"
