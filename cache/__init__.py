@@ -6,7 +6,6 @@ from cache.journal import Journal
 from cache.keys import prompt_key, response_key
 from cache.publish import publish_reference
 from cache.reference import Reference, open_reference
-from cache.repair import damaged_files, listed_shards, set_aside, sound_part
 from cache.schema import FORMAT_VERSION, LOGPS_SCHEMA, check_logps, logps_table
 from cache.verify import Finding, verify
 
@@ -23,14 +22,10 @@ __all__ = [
     "Reference",
     "ReferenceIdentity",
     "check_logps",
-    "damaged_files",
-    "listed_shards",
     "logps_table",
     "open_reference",
     "prompt_key",
     "publish_reference",
     "response_key",
-    "set_aside",
-    "sound_part",
     "verify",
 ]

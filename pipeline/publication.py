@@ -10,10 +10,9 @@ from cache import (
     Journal,
     Reference,
     ReferenceIdentity,
-    listed_shards,
     publish_reference,
-    sound_part,
 )
+from cache.repair import listed_shards, sound_part
 
 
 def sound_reference(out: Path, identity: ReferenceIdentity) -> Reference | None:

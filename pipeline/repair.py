@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cache import Finding, Journal, damaged_files, set_aside, verify
+from cache import Finding, Journal, verify
+from cache.repair import damaged_files, set_aside
 from pipeline.errors import RunFailed
 from pipeline.params import ScoreParams
 from pipeline.progress import activity

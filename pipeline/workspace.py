@@ -23,6 +23,11 @@ def damaged_folder() -> Path:
     return workspace() / "damaged"
 
 
+def views_folder() -> Path:
+    """Copies of the reference cache for data loaders; each can be made again."""
+    return workspace() / "views"
+
+
 def log_file(name: str) -> Path:
     """The log of one engine, .refcache/logs/NAME.log; its folder exists on return."""
     folder = workspace() / "logs"

@@ -13,14 +13,12 @@ from cache import (
     CacheCorrupt,
     CacheError,
     CacheMismatch,
-    damaged_files,
     open_reference,
     publish_reference,
-    set_aside,
     shards,
-    sound_part,
     verify,
 )
+from cache.repair import damaged_files, set_aside, sound_part
 from tests.cache import processes
 from tests.cache.rows import identity, keys_of, make_rows
 
