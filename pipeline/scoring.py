@@ -10,6 +10,7 @@ import polars as pl
 import pyarrow as pa
 
 from cache import Journal, ReferenceIdentity, logps_table, open_reference
+from cache.identity import record_identity
 from pipeline import drift
 from pipeline.engine_process import EngineProcess, orderly_termination
 from pipeline.errors import RequestError
@@ -63,6 +64,7 @@ def score_responses(
     rows = scoring_order(responses.select(ROW_COLUMNS))
     needed = set(rows["response_key"])
     with orderly_termination(), Journal(journal_folder() / identity.reference_id) as journal:
+        record_identity(journal.path.parent, identity)
         journalled = journal.keys()
         published = sound_reference(out, identity) if needed - journalled else None
         known = journalled | (published.keys() if published else set())

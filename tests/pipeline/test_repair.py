@@ -2,67 +2,23 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-from click.testing import CliRunner
 
 from cache import Journal, open_reference, shards, verify
 from pipeline import scoring
-from pipeline.weights import reference_identity
-from stages.__main__ import main
+from tests.pipeline.tiny_project import Project, write_project
 from tests.pipeline.tiny_reference import quick_engine, write_model
-from tests.tiny import write_pairs, write_reference_cache
-
-PARAMS = Path(__file__).parents[2] / "params.yaml"
-
-
-class Project:
-    def __init__(self, root: Path) -> None:
-        self.root, self.pairs, self.model, self.out = root, root / "pairs", root / "model", root / "logps"
-        self.home, self.metrics = root / "home", root / "metrics.json"
-        self.identity = reference_identity(self.model, dtype="float32", quantization=None)
-
-    def run(self, command, *arguments, **options):
-        paths = {"--pairs": self.pairs, "--model": self.model, "--params": PARAMS} | options
-        words = [command, *arguments, *(word for option in paths.items() for word in option)]
-        return CliRunner(env={"REFCACHE_HOME": str(self.home)}).invoke(main, list(map(str, words)))
-
-    def repair(self, **options):
-        return self.run("verify", self.out, "--repair", **{"--metrics": self.metrics}, **options)
-
-    def contents(self):
-        return {path.name: path.read_bytes() for path in self.out.iterdir()}
-
-    def shards(self):
-        return sorted(self.out.glob("*.parquet"))
-
-    def fill_journal(self):
-        with Journal(self.home / "journal" / self.identity.reference_id) as journal:
-            journal.append(open_reference(self.out, expect=self.identity).scan().collect().to_arrow())
-
-    def damage(self):
-        """A flipped byte, a missing shard and a stray one; returns the keys of the rows that were hit."""
-        flipped, missing, *_ = self.shards()
-        lost = set(pl.read_parquet([flipped, missing])["response_key"])
-        content = bytearray(flipped.read_bytes())
-        content[len(content) // 2] ^= 1
-        flipped.write_bytes(content)
-        missing.rename(self.out / "mine.parquet")
-        return lost
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     """A project whose reference cache transformers filled, in several shards."""
-    root = tmp_path_factory.mktemp("repair")
-    write_model(root / "model")
-    write_pairs(root / "pairs", 8)
+    root = write_project(tmp_path_factory.mktemp("repair"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "SHARD_ROWS", 6)
-        write_reference_cache(root / "logps", root / "pairs", root / "model")
         yield root
 
 
