@@ -122,3 +122,29 @@ def publish_alternately(folder: Path, rounds: int) -> None:
     for _ in range(rounds):
         publish_reference(folder, small, identity())
         publish_reference(folder, large, identity())
+
+
+def run_as(user: int, target: Callable[..., None], arguments: tuple[Any, ...], outcome: Connection) -> None:
+    """Run `target` as another user; report the kind and message of its error, or None."""
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+    try:
+        target(*arguments)
+    except Exception as error:
+        outcome.send((type(error).__name__, str(error)))
+    else:
+        outcome.send(None)
+
+
+def append(folder: Path) -> None:
+    with Journal(folder / "journal") as journal:
+        journal.append(make_rows(0, BATCH))
+
+
+def publish_some(folder: Path) -> None:
+    publish(folder / "logps", 0, 60)
+
+
+def compact(folder: Path) -> None:
+    compact_journal(folder / "journal", set())
