@@ -1,8 +1,9 @@
 """Reading a published reference cache: whole, of the expected reference, and covering every key asked for."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,35 +83,46 @@ class Reference:
         return self.rows(keys, ["sum_logp"])["sum_logp"].to_numpy()
 
     def _require_intact(self) -> None:
+        """Hash the shards that were not hashed yet, and raise CacheCorrupt naming the first that is damaged.
+
+        Page checksums do not cover the headers of pages and the footer, nor does polars look at them.
+        """
         unread = [shard for shard in self.manifest.shards if shard.file not in self.intact]
-        with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashlib releases the interpreter lock
+        with self._reading(), ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashlib releases the interpreter lock
             digests = pool.map(lambda shard: file_digest(self.path / shard.file), unread)
-            for shard in unread:
-                path = self.path / shard.file
-                try:
-                    digest = next(digests)
-                except OSError as error:
-                    raise self._unreadable(str(error)) from error
+            for shard, digest in zip(unread, digests, strict=True):
                 if digest != shard.blake2b:
-                    found = f"its bytes hash to {digest[:12]}, expected {shard.blake2b[:12]}"
-                    raise CacheCorrupt(f"{path} is damaged: {found}. {remedy(self.path)}")
+                    raise CacheCorrupt(
+                        f"{self.path / shard.file} is damaged: its bytes hash to {digest[:12]}, expected "
+                        f"{shard.blake2b[:12]}. {remedy(self.path)}"
+                    )
                 self.intact.add(shard.file)
 
     def _collect(self, frame: pl.LazyFrame) -> pl.DataFrame:
-        try:
+        with self._reading():
             return frame.collect()
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise self._unreadable(str(error)) from error
 
-    def _unreadable(self, problem: str) -> CacheError:
-        if read_manifest(self.path) != self.manifest:
-            return CacheError(
-                f"{self.path} was published anew while it was being read, and its old shards are gone. Run again."
-            )
-        return CacheCorrupt(
-            f"A shard of {self.path} cannot be read: {problem}. `refcache verify {self.path}` names it. "
-            + remedy(self.path)
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Tell a shard that a new publication removed from one that is damaged."""
+        try:
+            yield
+        except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
+            if self._was_replaced(error):
+                raise CacheError(
+                    f"{self.path} was published anew while it was being read, and its old shards are gone. Run again."
+                ) from error
+            raise CacheCorrupt(
+                f"A shard of {self.path} cannot be read: {error}. `refcache verify {self.path}` names it. "
+                + remedy(self.path)
+            ) from error
+
+    def _was_replaced(self, error: Exception) -> bool:
+        # A publisher may have come back to these very rows meanwhile; then the shard that was gone is there again.
+        is_back = isinstance(error, FileNotFoundError) and all(
+            (self.path / name).exists() for name in self.manifest.files
         )
+        return is_back or read_manifest(self.path) != self.manifest
 
     def _incomplete(self, absent: list[bytes], asked: int) -> str:
         first = ", ".join(key.hex() for key in absent[:SHOWN_KEYS]) + (", ..." if len(absent) > SHOWN_KEYS else "")
