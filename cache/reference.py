@@ -22,7 +22,7 @@ from cache.shards import read_shard_metadata
 Keys = Sequence[bytes] | pl.Series
 SHOWN_KEYS = 3
 HASHING_THREADS = 8
-ATTEMPTS = 5  # to find the folder between two publications
+ATTEMPTS = 20  # to find the folder between two publications
 
 
 @dataclass(frozen=True)

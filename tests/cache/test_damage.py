@@ -185,9 +185,9 @@ def test_nothing_is_lent_where_nothing_is_published(tmp_path):
 def test_a_reader_beside_a_publisher_gets_exactly_the_old_or_the_new_rows(tmp_path):
     states = [pl.DataFrame(rows.sort_by("response_key")) for rows in (make_rows(0, 40), make_rows(20, 90))]
     publish_reference(tmp_path, make_rows(0, 40), identity())
-    publisher = processes.start(processes.publish_alternately, tmp_path, 20)
+    publisher = processes.start(processes.publish_alternately, tmp_path, 100_000)
     seen = {0: 0, 1: 0}
-    while publisher.is_alive():
+    while min(seen.values()) < 10 and publisher.is_alive():
         try:
             found = open_reference(tmp_path, expect=identity()).scan().collect()
         except CacheError as error:
@@ -196,6 +196,7 @@ def test_a_reader_beside_a_publisher_gets_exactly_the_old_or_the_new_rows(tmp_pa
             continue  # a collect of one's own meets the exchange without our words for it
         else:
             seen[[found.equals(state) for state in states].index(True)] += 1
+    assert publisher.is_alive()
+    publisher.kill()
     publisher.join()
-    assert publisher.exitcode == 0
-    assert all(seen.values()), seen
+    assert any(open_reference(tmp_path, expect=identity()).scan().collect().equals(state) for state in states)
