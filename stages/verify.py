@@ -10,6 +10,8 @@ from stages.options import default_path_option, params_file_options
 if TYPE_CHECKING:
     from cache.manifest import Shard
 
+SHOWN_ROWS = 20  # flagged rows that are listed; pipeline.drift_check returns more
+
 
 @click.command(name="verify")
 @click.argument("path", type=click.Path(path_type=Path))
@@ -90,12 +92,33 @@ def _repair(path: Path, **options: Any) -> None:
     click.echo(f"{path}: sound")
 
 
-def _check_drift(path: Path, *, rescore: bool, **options: Any) -> None:
-    import json
-
+def _check_drift(path: Path, *, tolerance: float, rescore: bool, **options: Any) -> None:
     from pipeline.drift_check import check_reference_drift  # type: ignore[import-not-found,unused-ignore]
+    from pipeline.errors import RunFailed
 
-    click.echo(json.dumps(check_reference_drift(path, rescore=rescore, **options), indent=2))
+    found = check_reference_drift(path, tolerance=tolerance, rescore=rescore, **options)
+    spread = found["per_sequence"]
+    click.echo(
+        f"drift over {found['responses']:,} responses: {spread['max']:.3g} nats a sequence at most, p99 "
+        f"{spread['p99']:.3g} (typical margin {found['typical_margin']:.3g})"
+    )
+    for row in found["flagged"][:SHOWN_ROWS]:
+        where = f" ({', '.join(row['sources'])})" if row["sources"] else ""
+        click.echo(f"  {row['response_key']}: {row['drift']:.3g} nats over {row['n_tokens']} tokens{where}")
+    above = f"{_count(found['flagged_rows'], 'row')} above {tolerance:g} nats"
+    if found["rescored"] is not None:
+        done = found["rescored"]
+        click.echo(
+            f"{above}; {done['rows']:,} scored anew with transformers in float32, {done['kept']:,} were before, "
+            f"{done['still_flagged']:,} stay above, which is the trainer's own rounding"
+        )
+    elif found["flagged_rows"]:
+        raise RunFailed(
+            f"{path}: {above} (train.drift_tolerance). Run `refcache verify {path} --drift --repair` to score them with "
+            "transformers in float32, or score in float32."
+        )
+    else:
+        click.echo(above)
 
 
 def _count(number: int, noun: str) -> str:
