@@ -94,7 +94,6 @@ def _repair(path: Path, **options: Any) -> None:
 
 def _check_drift(path: Path, *, tolerance: float, rescore: bool, **options: Any) -> None:
     from pipeline.drift_check import check_reference_drift  # type: ignore[import-not-found,unused-ignore]
-    from pipeline.errors import RunFailed
 
     found = check_reference_drift(path, tolerance=tolerance, rescore=rescore, **options)
     spread = found["per_sequence"]
@@ -113,9 +112,11 @@ def _check_drift(path: Path, *, tolerance: float, rescore: bool, **options: Any)
             f"{done['still_flagged']:,} stay above, which is the trainer's own rounding"
         )
     elif found["flagged_rows"]:
+        from pipeline.errors import RunFailed
+
         raise RunFailed(
-            f"{path}: {above} (train.drift_tolerance). Run `refcache verify {path} --drift --repair` to score them with "
-            "transformers in float32, or score in float32."
+            f"{path}: {above} (train.drift_tolerance). Run `refcache verify {path} --drift --repair` to score them "
+            "anew with transformers in float32, or score in float32."
         )
     else:
         click.echo(above)
