@@ -194,7 +194,7 @@ def _require_shard(folder: Path, shard: Shard, manifest: Manifest) -> None:
         found = read_shard_metadata(pq.read_schema(path))
     except FileNotFoundError:
         raise CacheCorrupt(f"{path} is listed in the manifest but missing. {remedy(folder)}") from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: pyarrow decodes names in a damaged footer
         raise CacheCorrupt(f"{path} is no readable Parquet file: {error}. {remedy(folder)}") from error
     if isinstance(version := found.get("format_version"), int) and version > FORMAT_VERSION:
         raise CacheMismatch(

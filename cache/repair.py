@@ -81,7 +81,7 @@ def _stated_by(shard: Path) -> dict[str, Any]:
     """What a shard says about itself; empty where it can't be read."""
     try:
         return read_shard_metadata(pq.read_schema(shard))
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException, ValueError):  # ValueError: names in a damaged footer
         return {}
 
 
