@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from cache.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMismatch, system_errors
 from cache.identity import ReferenceIdentity, require_identity
 from cache.manifest import EXCHANGE, Manifest, Shard, file_digest, read_manifest, remedy
-from cache.schema import FORMAT_VERSION, KEY_COLUMN, LOGPS, LOGPS_SCHEMA
-from cache.shards import read_shard_metadata
+from cache.schema import KEY_COLUMN, LOGPS, LOGPS_SCHEMA
+from cache.shards import read_shard_metadata, require_known_version
 
 Keys = Sequence[bytes] | pl.Series
 SHOWN_KEYS = 3
@@ -196,11 +196,7 @@ def _require_shard(folder: Path, shard: Shard, manifest: Manifest) -> None:
         raise CacheCorrupt(f"{path} is listed in the manifest but missing. {remedy(folder)}") from None
     except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: pyarrow decodes names in a damaged footer
         raise CacheCorrupt(f"{path} is no readable Parquet file: {error}. {remedy(folder)}") from error
-    if isinstance(version := found.get("format_version"), int) and version > FORMAT_VERSION:
-        raise CacheMismatch(
-            f"{path} has format version {version}; this refcache reads up to {FORMAT_VERSION}. Upgrade refcache; "
-            "nothing was changed."
-        )
+    require_known_version(path, found)
     if found.get("reference_id") != manifest.reference_id:
         raise CacheMismatch(
             f"{path} belongs to reference {found.get('reference_id', 'unknown')}, "

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.errors import CacheCorrupt, CacheError, system_errors
+from cache.errors import CacheCorrupt, CacheError, CacheMismatch, system_errors
 from cache.manifest import EXCHANGE, MANIFEST, Manifest, Shard, file_digest, read_manifest, remedy
 from cache.schema import KEY_COLUMN, LOGPS
-from cache.shards import key_words, partition_bits, partition_numbers, read_shard_metadata
+from cache.shards import key_words, partition_bits, partition_numbers, read_shard_metadata, require_known_version
 
 DRIFT = "drift.json"
 COMPANIONS = {MANIFEST, DRIFT}  # what may stand beside the shards
@@ -125,13 +125,17 @@ class ShardContent(NamedTuple):
 
 
 def read_content(path: Path, reference_id: str) -> ShardContent:
-    """Read all of a shard; raises UnsoundShard for another reference, other columns, refused values or wrong order."""
+    """Read all of a shard; raises UnsoundShard for another reference, other columns, refused values or wrong order.
+
+    Raises CacheMismatch for a shard that a newer version wrote.
+    """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             schema = file.schema_arrow
-            found = read_shard_metadata(schema).get("reference_id")
-            if found != reference_id:
-                raise UnsoundShard(f"belongs to reference {found}, expected {reference_id}")
+            stated = read_shard_metadata(schema)
+            require_known_version(path, stated)
+            if stated.get("reference_id") != reference_id:
+                raise UnsoundShard(f"belongs to reference {stated.get('reference_id')}, expected {reference_id}")
             if not schema.remove_metadata().equals(LOGPS.schema):
                 raise UnsoundShard(f"has the columns {schema.names}, or their types, not those of kind {LOGPS.name}")
             keys, tokens = [np.empty((0, 2), dtype=np.uint64)], 0
@@ -140,6 +144,8 @@ def read_content(path: Path, reference_id: str) -> ShardContent:
                 LOGPS.check(rows)
                 keys.append(key_words(rows[KEY_COLUMN]))
                 tokens += int(rows["n_tokens"].to_numpy().sum(dtype=np.int64))
+    except CacheMismatch:  # a newer version's: not damage
+        raise
     except CacheError as error:  # of the check of values
         raise UnsoundShard(str(error)) from error
     except (OSError, pa.ArrowException, ValueError) as error:

@@ -26,7 +26,8 @@ from cache import (
 )
 from cache.garbage import compact_journal, journalled_keys
 from cache.identity import recorded_identity
-from cache.repair import sound_part
+from cache.manifest import file_digest
+from cache.repair import damaged_files, sound_part
 
 GOLDEN = Path(__file__).parent / "golden" / "v1"
 REFERENCE_ID = "6f1ed269599b23e39ee7a0a1f87ebf73"
@@ -145,14 +146,17 @@ def change_manifest(folder, **changes):
 
 
 def change_shard(folder, **changes):
-    """The shard with other statements in its own metadata, and a manifest that fits it."""
-    file = folder / "logps" / SHARD
-    table = pq.read_table(file)
+    """The shard with other statements in its own metadata, and a name and manifest that fit it; returns the name."""
+    old = folder / "logps" / SHARD
+    table = pq.read_table(old)
     stated = json.loads(table.schema.metadata[b"refcache"]) | changes
-    pq.write_table(table.replace_schema_metadata({b"refcache": json.dumps(stated).encode()}), file)
-    manifest = json.loads((folder / "logps" / "manifest.json").read_text())
-    manifest["shards"][0]["bytes"] = file.stat().st_size
-    change_manifest(folder, shards=manifest["shards"])
+    old.unlink()
+    pq.write_table(table.replace_schema_metadata({b"refcache": json.dumps(stated).encode()}), old)
+    digest = file_digest(old)
+    new = old.rename(old.with_name(f"logps-00000-{digest[:32]}.parquet"))
+    entry = {"file": new.name, "rows": 5, "tokens": 11, "bytes": new.stat().st_size, "blake2b": digest}
+    change_manifest(folder, shards=[entry])
+    return new.name
 
 
 def test_a_newer_manifest_is_refused_with_upgrade_and_left_alone(golden):
@@ -162,9 +166,13 @@ def test_a_newer_manifest_is_refused_with_upgrade_and_left_alone(golden):
 
 
 def test_a_newer_shard_is_refused_with_upgrade_and_never_lent(golden):
-    change_shard(golden, format_version=2)
-    read = lambda: open_reference(golden / "logps", expect=IDENTITY)  # noqa: E731
-    require_refused(golden, read, CacheMismatch, rf"{SHARD} has format version 2.*Upgrade")
+    shard = change_shard(golden, format_version=2)
+    for read in (
+        lambda: open_reference(golden / "logps", expect=IDENTITY),
+        lambda: verify(golden / "logps"),
+        lambda: damaged_files(golden / "logps", IDENTITY),
+    ):
+        require_refused(golden, read, CacheMismatch, rf"{shard} has format version 2.*Upgrade")
     assert sound_part(golden / "logps", IDENTITY) is None
 
 
@@ -191,4 +199,5 @@ def test_unknown_fields_are_refused_where_they_could_change_the_meaning(golden):
 
 def test_an_unknown_remark_in_a_shard_is_no_obstacle(golden):
     change_shard(golden, written_by="a later release")
-    assert open_reference(golden / "logps", expect=IDENTITY).n_rows == 5
+    assert open_reference(golden / "logps", expect=IDENTITY).rows(KEYS).to_dicts() == expected(ROWS)
+    assert sound_part(golden / "logps", IDENTITY).n_rows == 5
