@@ -33,6 +33,7 @@ def repair_reference(
     metrics: Path,
     params: ScoreParams,
     trainer_dtype: str,
+    drift_tolerance: float | None = None,
     trust_remote_code: bool = False,
 ) -> Repair:
     """Make the published reference cache at `path` sound: exactly the rows of `pairs` under `model`.
@@ -56,6 +57,7 @@ def repair_reference(
         metrics=metrics,
         params=params,
         trainer_dtype=trainer_dtype,
+        drift_tolerance=drift_tolerance,
         trust_remote_code=trust_remote_code,
     )
     if remaining := verify(path):

@@ -18,6 +18,7 @@ from pipeline.params import ScoreParams
 from pipeline.prepared_data import read_pairs, read_responses
 from pipeline.progress import activity, progress_bar
 from pipeline.publication import publish_needed, sound_reference
+from pipeline.rescored import adopt, recorded_rows
 from pipeline.scoring_plan import (
     ROW_COLUMNS,
     calls,
@@ -29,7 +30,7 @@ from pipeline.scoring_plan import (
     scoring_order,
 )
 from pipeline.weights import reference_identity
-from pipeline.workspace import journal_folder, log_file
+from pipeline.workspace import journal_folder, log_file, rescored_folder
 
 
 class _Work(NamedTuple):
@@ -48,13 +49,15 @@ def score_responses(
     metrics: Path,
     params: ScoreParams,
     trainer_dtype: str,
+    drift_tolerance: float | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Make `out` hold the log-probs of exactly the responses in `pairs` under `model`; returns the metrics' content.
 
-    Only rows that neither `out` nor the journal holds are scored; without any, no engine is started. trainer_dtype:
-    what `train` computes in, for the drift. Raises RequestError before the model loads if a row can't be scored,
-    RunFailed if the engine dies (rows journalled until then are kept), CacheLocked while another process scores.
+    Only rows that neither `out` nor the journals hold are scored; without any, no engine is started. trainer_dtype:
+    what `train` computes in, for the drift; drift_tolerance: see `drift.ensure_drift`. Raises RequestError before the
+    model loads if a row can't be scored, RunFailed if the engine dies (rows journalled until then are kept),
+    CacheLocked while another process scores.
     """
     responses = read_responses(pairs)
     if responses.is_empty():
@@ -63,14 +66,21 @@ def score_responses(
         identity = reference_identity(model, dtype=params.dtype, quantization=params.quantization)
     rows = scoring_order(responses.select(ROW_COLUMNS))
     needed = set(rows["response_key"])
-    with orderly_termination(), Journal(journal_folder() / identity.reference_id) as journal:
+    with (
+        orderly_termination(),
+        Journal(journal_folder() / identity.reference_id) as journal,
+        Journal(rescored_folder(identity.reference_id)) as rescored,
+    ):
         record_identity(journal.path.parent, identity)
-        journalled = journal.keys()
-        published = sound_reference(out, identity) if needed - journalled else None
+        recorded = recorded_rows(out, identity.reference_id) & needed - rescored.keys()
+        journalled = journal.keys() | rescored.keys()
+        published = sound_reference(out, identity) if recorded or needed - journalled else None
+        if published and recorded:
+            adopt(recorded, rescored, published)
         known = journalled | (published.keys() if published else set())
         missing = rows.filter(~pl.col("response_key").is_in(known)) if known else rows
         work = _score_missing(missing, model, params, trust_remote_code, journal) if len(missing) else _Work()
-        publish_needed(out, needed, journal=journal, published=published, identity=identity)
+        publish_needed(out, needed, journals=[rescored, journal], published=published, identity=identity)
         measured = drift.ensure_drift(
             out,
             model,
@@ -80,6 +90,8 @@ def score_responses(
             trainer_dtype=trainer_dtype,
             sample_size=params.drift_sample,
             trust_remote_code=trust_remote_code,
+            tolerance=drift_tolerance,
+            rescored=needed & rescored.keys(),
         )
     return _write_metrics(metrics, responses, work, identity, measured)
 
@@ -127,7 +139,7 @@ def _write_metrics(
         "tokens_per_second": round(work.tokens * per_second, 1),
         "reference_id": identity.reference_id,
         "identity": identity.to_dict(),
-        "drift": measured,
+        "drift": drift.summary(measured),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1) + "\n")

@@ -18,6 +18,11 @@ def journal_folder() -> Path:
     return workspace() / "journal"
 
 
+def rescored_folder(reference_id: str) -> Path:
+    """The journal of rows that transformers rescored in float32; they take precedence over the engine's."""
+    return journal_folder() / reference_id / "rescored"
+
+
 def damaged_folder() -> Path:
     """Files that `verify --repair` moved aside, in folders REFERENCE_ID-N."""
     return workspace() / "damaged"

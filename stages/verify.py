@@ -57,7 +57,7 @@ def command(
         "trust_remote_code": params.model.trust_remote_code,
     }
     if repair:
-        _repair(path, metrics=metrics, params=params.score, **options)
+        _repair(path, metrics=metrics, params=params.score, drift_tolerance=params.train.drift_tolerance, **options)
     else:
         _verify(path)
     if drift:
@@ -93,7 +93,7 @@ def _repair(path: Path, **options: Any) -> None:
 
 
 def _check_drift(path: Path, *, tolerance: float, rescore: bool, **options: Any) -> None:
-    from pipeline.drift_check import check_reference_drift  # type: ignore[import-not-found,unused-ignore]
+    from pipeline.drift_check import check_reference_drift
 
     found = check_reference_drift(path, tolerance=tolerance, rescore=rescore, **options)
     spread = found["per_sequence"]

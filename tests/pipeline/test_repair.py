@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from cache import Journal, open_reference, shards, verify
+from cache import Journal, open_reference, publish_reference, shards, verify
 from pipeline import scoring
 from tests.pipeline.tiny_project import Project, write_project
 from tests.pipeline.tiny_reference import quick_engine, write_model
@@ -88,6 +88,22 @@ def test_a_running_scorer_is_not_disturbed(project, no_engine):
         result = project.repair()
     assert result.exit_code == 1 and "is being written by pid" in result.stderr
     assert project.contents() == before
+
+
+def test_verify_with_drift_names_rows_above_the_tolerance_and_repair_rescores_them(project, no_engine):
+    assert "0 rows above 0.25 nats" in project.run("verify", project.out, "--drift", "--sample", 5).output
+    rows = open_reference(project.out, expect=None).scan().collect()
+    wrong = rows.with_columns(pl.col("token_logps") - (pl.int_range(pl.len()) == 3).cast(pl.Float32))
+    wrong = wrong.with_columns(
+        pl.col("token_logps").list.eval(pl.element().cast(pl.Float64)).list.sum().alias("sum_logp")
+    )
+    publish_reference(project.out, wrong.to_arrow(), project.identity)
+    found = project.run("verify", project.out, "--drift")
+    assert found.exit_code == 1 and "1 row above 0.25 nats (train.drift_tolerance)" in found.stderr
+    assert f"  {rows['response_key'][3].hex()}: " in found.stdout and "tiny.jsonl:" in found.stdout
+    mended = project.run("verify", project.out, "--drift", "--repair", **{"--metrics": project.metrics})
+    assert mended.exit_code == 0 and "1 scored anew with transformers in float32" in mended.output
+    assert "0 rows above" in project.run("verify", project.out, "--drift").output
 
 
 @pytest.mark.slow
