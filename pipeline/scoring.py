@@ -2,8 +2,10 @@
 
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -11,7 +13,7 @@ import pyarrow as pa
 
 from cache import Journal, ReferenceIdentity, logps_table, open_reference
 from pipeline import drift
-from pipeline.engine_process import EngineProcess, orderly_termination
+from pipeline.engine_process import orderly_termination
 from pipeline.errors import RequestError
 from pipeline.params import ScoreParams
 from pipeline.prepared_data import read_pairs, read_responses
@@ -19,24 +21,36 @@ from pipeline.progress import activity, progress_bar
 from pipeline.publication import publish_needed, sound_reference
 from pipeline.scoring_plan import (
     ROW_COLUMNS,
+    BadRow,
+    bad_rows,
     calls,
-    check_rows,
     engine_length,
-    engine_rows,
     longest_row,
     model_limits,
+    row_tokens,
     scoring_order,
 )
+from pipeline.supervision import Quarantined, SupervisedEngine
+from pipeline.unscorable import announce, refuse
 from pipeline.weights import reference_identity
-from pipeline.workspace import journal_folder, log_file
+from pipeline.workspace import journal_folder
 
 
-class _Work(NamedTuple):
-    """What this run scored. tokens: of prompts and responses; seconds: without the engine's start."""
+@dataclass
+class _Work:
+    """What this run scored. tokens: of prompts and responses; seconds: with engines replaced, without the first start.
+
+    bad: rows that the model can't take; quarantined: rows that end engines.
+    """
 
     rows: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    rescored: int = 0
+    shared_tokens: int = 0
+    restarts: int = 0
+    bad: Sequence[BadRow] = ()
+    quarantined: Sequence[Quarantined] = ()
 
 
 def score_responses(
@@ -52,8 +66,9 @@ def score_responses(
     """Make `out` hold the log-probs of exactly the responses in `pairs` under `model`; returns the metrics' content.
 
     Only rows that neither `out` nor the journal holds are scored; without any, no engine is started. trainer_dtype:
-    what `train` computes in, for the drift. Raises RequestError before the model loads if a row can't be scored,
-    RunFailed if the engine dies (rows journalled until then are kept), CacheLocked while another process scores.
+    what `train` computes in, for the drift. Where rows can't be scored, all others are scored and journalled, `out`
+    stays as it was, and then RequestError (rows that the model can't take) or RunFailed (rows that end engines) names
+    them. RunFailed also where engines can't be kept alive, CacheLocked while another process scores.
     """
     responses = read_responses(pairs)
     if responses.is_empty():
@@ -67,7 +82,8 @@ def score_responses(
         published = sound_reference(out, identity) if needed - journalled else None
         known = journalled | (published.keys() if published else set())
         missing = rows.filter(~pl.col("response_key").is_in(known)) if known else rows
-        work = _score_missing(missing, model, params, trust_remote_code, journal) if len(missing) else _Work()
+        work = _score_missing(missing, model, params, trust_remote_code, journal, pairs) if len(missing) else _Work()
+        refuse(work.bad, work.quarantined, pairs=pairs, out=out, total=len(responses), model=model)
         publish_needed(out, needed, journal=journal, published=published, identity=identity)
         measured = drift.ensure_drift(
             out,
@@ -83,20 +99,26 @@ def score_responses(
 
 
 def _score_missing(
-    missing: pl.DataFrame, model: Path, params: ScoreParams, trust_remote_code: bool, journal: Journal
+    missing: pl.DataFrame, model: Path, params: ScoreParams, trust_remote_code: bool, journal: Journal, pairs: Path
 ) -> _Work:
-    tokens = missing.select(pl.col("prompt_ids", "response_ids").list.len().sum()).sum_horizontal().item()
-    with EngineProcess(params, log=log_file("score")) as engine:
+    """Score and journal what can be scored; the rest is in the answer."""
+    with SupervisedEngine(model, params, trust_remote_code=trust_remote_code) as engine:
         limits = model_limits(model, trust_remote_code=trust_remote_code)
-        check_rows(missing, limits, model)
-        length = engine_length(longest_row(missing), limits, params, what="responses with their prompts")
-        engine.load(model, length, trust_remote_code=trust_remote_code)
+        if bad := bad_rows(missing, limits, model):
+            announce(bad, pairs)
+            missing = missing.filter(~pl.col("response_key").is_in([row.key for row in bad]))
+            if missing.is_empty():
+                return _Work(bad=bad)
+        engine.load(engine_length(longest_row(missing), limits, params, what="responses with their prompts"))
+        work = _Work(len(missing), row_tokens(missing), bad=bad, quarantined=engine.quarantined)
         started = time.perf_counter()
-        with progress_bar("score", len(missing), tokens=tokens) as advance:
-            for call in calls(missing, params.rows_per_call):
-                inputs = engine_rows(call)
-                journal.append(scored_table(call, inputs, engine.score(inputs, advance).logps))
-        return _Work(len(missing), tokens, time.perf_counter() - started)
+        with progress_bar("score", work.rows, tokens=work.tokens) as advance:
+            for call in engine.score(calls(missing, params.rows_per_call), advance):
+                journal.append(scored_table(call.rows, call.inputs, call.answer.logps))
+                work.rescored += call.answer.rescored
+                work.shared_tokens += call.answer.shared_tokens
+        work.seconds, work.restarts = time.perf_counter() - started, engine.restarts
+        return work
 
 
 def scored_table(call: pl.DataFrame, inputs: list[tuple[np.ndarray, np.ndarray]], logps: list[np.ndarray]) -> pa.Table:
@@ -123,6 +145,9 @@ def _write_metrics(
         "seconds": round(work.seconds, 3),
         "rows_per_second": round(work.rows * per_second, 3),
         "tokens_per_second": round(work.tokens * per_second, 1),
+        "engine_restarts": work.restarts,
+        "rows_rescored": work.rescored,
+        "prompt_tokens_shared": work.shared_tokens,
         "reference_id": identity.reference_id,
         "identity": identity.to_dict(),
         "drift": measured,
