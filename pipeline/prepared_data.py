@@ -6,7 +6,6 @@ PREPARED/pairs/pairs.parquet    one row per preference pair
 PREPARED/pairs/responses.parquet  one row per distinct response under its prompt
 """
 
-from collections.abc import Collection
 from pathlib import Path
 
 import polars as pl
@@ -78,19 +77,7 @@ def read_responses(folder: Path) -> pl.DataFrame:
     return _read(folder / "responses.parquet", RESPONSES_SCHEMA)
 
 
-def source_lines(folder: Path, keys: Collection[bytes]) -> dict[bytes, list[str]]:
-    """Where in the input each of the responses `keys` came from ("file:line"), in file order; absent if in no pair."""
-    pairs = _read(folder / "pairs.parquet", PAIRS_SCHEMA, ["source", "chosen_key", "rejected_key"])
-    found: dict[bytes, list[str]] = {}
-    wanted = frozenset(keys)
-    theirs = pairs.filter(pl.any_horizontal(pl.col("chosen_key", "rejected_key").is_in(wanted)))
-    for source, *pair in theirs.iter_rows():
-        for key in wanted.intersection(pair):
-            found.setdefault(key, []).append(source)
-    return found
-
-
-def _read(path: Path, schema: pa.Schema, columns: list[str] | None = None) -> pl.DataFrame:
+def _read(path: Path, schema: pa.Schema) -> pl.DataFrame:
     if not path.exists():
         raise RequestError(f"{path} does not exist; it is written by `refcache prepare` (run `dvc repro prepare`).")
     found = pq.read_schema(path)
@@ -99,4 +86,4 @@ def _read(path: Path, schema: pa.Schema, columns: list[str] | None = None) -> pl
             f"{path} has columns {found.names}, expected {schema.names}. "
             "It comes from another version; run `dvc repro -f prepare`."
         )
-    return pl.read_parquet(path, columns=columns)
+    return pl.read_parquet(path)

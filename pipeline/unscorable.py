@@ -1,11 +1,13 @@
 """Responses that can't be scored, named by key and by the line of the input they came from, so that they are found."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import polars as pl
+
 from pipeline.errors import RequestError, RunFailed
-from pipeline.prepared_data import source_lines
+from pipeline.prepared_data import read_pairs
 from pipeline.scoring_plan import BadRow
 from pipeline.supervision import Quarantined
 from pipeline.workspace import log_file
@@ -46,6 +48,17 @@ def refuse(
         ]
     )
     raise RunFailed(message) if quarantined else RequestError(message)
+
+
+def source_lines(pairs: Path, keys: Collection[bytes]) -> dict[bytes, list[str]]:
+    """Where in the input each of the responses `keys` came from ("file:line"), in file order; absent if in no pair."""
+    wanted, found = frozenset(keys), dict[bytes, list[str]]()
+    rows = read_pairs(pairs).select("source", "chosen_key", "rejected_key")
+    theirs = rows.filter(pl.any_horizontal(pl.col("chosen_key", "rejected_key").is_in(wanted)))
+    for source, *pair in theirs.iter_rows():
+        for key in wanted.intersection(pair):
+            found.setdefault(key, []).append(source)
+    return found
 
 
 def _named(found: Sequence[tuple[bytes, str]], pairs: Path) -> list[str]:
