@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from pipeline.engine_probe import Probe
 from pipeline.errors import EngineFailed
 from pipeline.params import ScoreParams
 from pipeline.progress import Advance, activity
@@ -47,13 +48,17 @@ class EngineProcess:
         """
         self.log = log
         self._params = params
+        log.write_bytes(b"")
+        self._start()
+
+    def _start(self) -> None:
         self._pipe, theirs = multiprocessing.Pipe()
         # Not multiprocessing's own Process: this way the environment is the child's from its first instruction, its
         # output is in the log from the first byte, and killing it leaves no semaphores behind in our name.
-        with log.open("wb") as output:
+        with self.log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "pipeline.engine_server", str(theirs.fileno()), str(os.getpid())],
-                env=engine_environment(params),
+                env=engine_environment(self._params),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -66,16 +71,52 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def load(self, model: Path, length: EngineLength, *, trust_remote_code: bool = False) -> None:
-        """Build the engine and wait until it is ready; length: from scoring_plan.engine_length. Raises EngineFailed."""
+    def load(
+        self,
+        model: Path,
+        length: EngineLength,
+        *,
+        probe: Probe | None = None,
+        sampling: bool = False,
+        trust_remote_code: bool = False,
+    ) -> str:
+        """Build the engine, wait until it is ready, and return its backend (a key of vllm_backends.BACKENDS).
+
+        length: from scoring_plan.engine_length. With a probe the fastest backend is taken that answers it rightly;
+        without one, or with sampling (`generate`), the one that vLLM supports everywhere. Raises EngineFailed.
+        """
         settings = {
             "model": model.absolute(),
             "params": self._params,
             "length": length,
+            "sampling": sampling,
             "trust_remote_code": trust_remote_code,
         }
         with activity(f"starting vLLM ({self.log})"):
-            self._ask(settings, "did not start", None)
+            on_cpu = self._ask(None, "did not start", None)
+            candidates = _backends(self._params, on_cpu=on_cpu, choice=probe is not None and not sampling)
+            for backend in candidates:
+                try:
+                    self._ask(settings | {"backend": backend}, "did not start", None)
+                    if probe is not None and not sampling:
+                        self._check(probe, backend)
+                    return backend
+                except EngineFailed as error:
+                    if backend == candidates[-1]:
+                        raise
+                    print(f"vLLM's {backend} is not used: {str(error).splitlines()[0]}", file=sys.stderr)
+                    self._start()
+                    self._ask(None, "did not start", None)
+        raise AssertionError("there is always a last candidate")
+
+    def _check(self, probe: Probe, backend: str) -> None:
+        difference = probe.difference(self.score(probe.rows, lambda rows, tokens=0: None).logps)
+        if difference > probe.tolerance:
+            self.kill()
+            raise self._failure(
+                f"gave log-probs by {backend} that are up to {difference:.3g} nats from transformers' "
+                f"(allowed {probe.tolerance:g}); scoring with it would fill the reference cache with wrong values"
+            )
 
     def score(self, rows: Sequence[Row], advance: Advance) -> Scored:
         """Log-probs of each response's tokens; advance(rows, tokens) is called meanwhile.
@@ -100,9 +141,11 @@ class EngineProcess:
         return self._ask(("generate", (prompts,), options), "failed while sampling", advance)
 
     def _ask(self, request: object, failed: str, advance: Advance | None) -> Any:
+        """Send `request`, unless it is None, and wait for the answer."""
         try:
-            with suppress(BrokenPipeError):  # a dead engine is reported by _answer, with its log
-                self._pipe.send(request)
+            if request is not None:
+                with suppress(BrokenPipeError):  # a dead engine is reported by _answer, with its log
+                    self._pipe.send(request)
             return self._answer(failed, advance)
         except BaseException:
             self.kill()  # its state is unknown: vLLM may hang in the call after an error
@@ -166,6 +209,16 @@ class EngineProcess:
             self.close()
         else:
             self.kill()
+
+
+def _backends(params: ScoreParams, *, on_cpu: bool, choice: bool) -> list[str]:
+    """What to try, fastest first; the last is final."""
+    if not choice:
+        return ["prompt_logprobs"]
+    if params.backend != "auto":
+        return [params.backend]
+    # Fixed-id scoring needs vLLM's second model runner, which doesn't run on CPU.
+    return ["hidden_states", "prompt_logprobs"] if on_cpu else ["token_ids", "hidden_states", "prompt_logprobs"]
 
 
 def engine_environment(params: ScoreParams) -> dict[str, str]:

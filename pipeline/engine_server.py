@@ -9,10 +9,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 
@@ -37,31 +35,20 @@ def main() -> None:
 
 def _serve(pipe: Connection) -> None:
     """Import vLLM at once, build the engine from the first message, then answer requests until None."""
-    from pipeline.vllm_engine import VLLMEngine
+    from pipeline.vllm_engine import VLLMEngine, on_cpu
 
+    pipe.send(("answer", on_cpu()))
     if (settings := pipe.recv()) is None:
         return
     engine = VLLMEngine(**settings)
+
+    def report(rows: int, tokens: int) -> None:
+        pipe.send(("progress", (rows, tokens)))
+
     pipe.send(("answer", None))
     while (request := pipe.recv()) is not None:
         method, arguments, options = request
-        report = _Reporter(pipe, method, arguments[0])
         pipe.send(("answer", getattr(engine, method)(*arguments, report, **options)))
-
-
-class _Reporter:
-    """Tells the stage how many sequences finished. Which ones isn't known here, so tokens are spread evenly."""
-
-    def __init__(self, pipe: Connection, method: str, items: Sequence[Any]) -> None:
-        self.pipe = pipe
-        tokens = sum(len(prompt) + len(response) for prompt, response in items) if method == "score" else 0
-        self.tokens_per_row = tokens / max(1, len(items))
-        self.rows = 0
-
-    def __call__(self, rows: int) -> None:
-        tokens = round((self.rows + rows) * self.tokens_per_row) - round(self.rows * self.tokens_per_row)
-        self.rows += rows
-        self.pipe.send(("progress", (rows, tokens)))
 
 
 def _die_with(stage_pid: int) -> None:

@@ -121,14 +121,14 @@ class _Cell(NamedTuple):
             reference_engine = stack.enter_context(self._start("reference")) if len(prompts) else None
             length = self._length(policy, responses, prompts)
             stop = stop_token_ids(self.reference_model, responses)
-            policy_engine.load(policy, length, trust_remote_code=self.trust_remote_code)
+            policy_engine.load(policy, length, sampling=True, trust_remote_code=self.trust_remote_code)
             sums = self._score(policy_engine, responses, "policy")
             if reference_engine is None:
                 return sums, _sample_metrics(None)
             samples = self._sample(policy_engine, prompts, stop, "policy")
             own = self._score(policy_engine, samples.rows, "policy on its answers")
             policy_engine.close()  # its memory is the other's
-            reference_engine.load(self.reference_model, length, trust_remote_code=self.trust_remote_code)
+            reference_engine.load(self.reference_model, length, sampling=True, trust_remote_code=self.trust_remote_code)
             theirs = self._score(reference_engine, samples.rows, "reference on them")
             rewards = None
             if _is_demo(responses, prompts):

@@ -57,7 +57,7 @@ class ResponseLogps(nn.Module):
     def __init__(self, model: nn.Module, chunk_tokens: int) -> None:
         super().__init__()
         self.model = model
-        self.head = _ChunkedHead(model, chunk_tokens)
+        self.head = ChunkedHead(model, chunk_tokens)
 
     def forward(self, input_ids: Tensor, rows: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
         # No attention mask: padding is on the right and attention is causal, so no real token ever sees a pad.
@@ -66,7 +66,7 @@ class ResponseLogps(nn.Module):
         return self.head(hidden[rows, positions], targets)
 
 
-class _ChunkedHead(nn.Module):
+class ChunkedHead(nn.Module):
     """Shares the model's output weights. A module of its own, so that ZeRO-3 gathers them once around all chunks."""
 
     def __init__(self, model: nn.Module, chunk_tokens: int) -> None:

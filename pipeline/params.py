@@ -211,6 +211,9 @@ class ScoreParams(Section):
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: str | None = None
+    # How log-probs are read from vLLM (docs/performance.md); auto: the fastest that gives the right ones at start-up.
+    backend: Literal["auto", "token_ids", "hidden_states", "prompt_logprobs"] = "auto"
+    block_size: Positive | None = None  # tokens; prompts are shared in whole blocks. null: 32 on CPU, vLLM's own else
     max_model_len: Positive | None = None  # tokens; null: as long as the longest row needs
     max_num_seqs: Positive = 64
     max_num_batched_tokens: Positive = 2048

@@ -21,6 +21,8 @@ def response_logps(flat: FlatLogprobs, response: np.ndarray) -> np.ndarray:
     Counted from the end, because an engine that read the prompt from its cache may leave out the beginning. Raises
     ValueError if the answer is about other tokens.
     """
+    if not len(response):
+        return np.empty(0, np.float32)
     starts = np.asarray(flat.start_indices[-len(response) :])
     ends = np.asarray(flat.end_indices[-len(response) :])
     ids = np.asarray(flat.token_ids[starts[0] : ends[-1]])

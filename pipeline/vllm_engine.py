@@ -1,71 +1,119 @@
-"""vLLM as an offline scorer and sampler: token ids in, log-probs or token ids out. The only module that imports vllm.
+"""vLLM as an offline scorer and sampler: token ids in, log-probs or token ids out.
 
-It runs inside the child process of engine_process.py; inputs were validated before they came here, because one bad row
-fails a whole vLLM call and an id beyond the embeddings makes the next call hang.
+This and vllm_backends.py alone import vllm. They run inside the child process of engine_process.py; inputs were
+validated before they came here, because one bad row fails a whole vLLM call and an id beyond the embeddings makes the
+next call hang.
 """
 
-import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
-from vllm import LLM, SamplingParams
+from vllm import EngineArgs, SamplingParams
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
 
 from pipeline.params import ScoreParams
-from pipeline.prompt_logprobs import response_logps
 from pipeline.scoring_plan import EngineLength
+from pipeline.shared_prompts import complete, prompt_salt
+from pipeline.vllm_backends import BACKENDS
 
-OnFinished = Callable[[int], None]  # called with the number of sequences that finished since the last call
+OnFinished = Callable[[int, int], None]  # rows and tokens that finished since the last call
 Row = tuple[np.ndarray, np.ndarray]  # prompt ids and response ids, int32
+
+CPU_BLOCK_TOKENS = 32  # vLLM's smallest on CPU; its default of 128 would share nothing of shorter prompts
+
+
+def on_cpu() -> bool:
+    """Whether vLLM computes on the CPU."""
+    return bool(current_platform.is_cpu())
 
 
 class VLLMEngine:
-    """One model in one in-process vLLM engine. Not safe to use again after any exception: discard the process."""
+    """One model in one in-process vLLM engine. Not safe to use again after any exception: discard the process.
 
-    def __init__(self, model: Path, params: ScoreParams, *, length: EngineLength, trust_remote_code: bool) -> None:
+    backend: how log-probs are read, a key of vllm_backends.BACKENDS. sampling: whether `generate` will be called.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        params: ScoreParams,
+        *,
+        length: EngineLength,
+        backend: str,
+        sampling: bool,
+        trust_remote_code: bool,
+    ) -> None:
         if length.beyond_limit:
             os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # safe by one; see scoring_plan.engine_length
-        self.llm = LLM(
-            model=str(model),
-            dtype=params.dtype,
-            quantization=params.quantization,
-            max_model_len=length.max_model_len,
-            max_num_seqs=params.max_num_seqs,
-            **_step_budget(params, length.max_model_len),
-            tensor_parallel_size=params.tensor_parallel_size,
-            enforce_eager=params.enforce_eager,
-            trust_remote_code=trust_remote_code,
-            skip_tokenizer_init=True,
-            enable_prefix_caching=True,  # for the samples of one prompt; scored requests never read it
-            generation_config="vllm",  # the model's own file would change temperature and top_p behind our back
-            disable_log_stats=True,
-            seed=0,
-            gpu_memory_utilization=params.gpu_memory_utilization,  # on CPU cpu_kv_cache_gib takes its place
-        )
+        self.backend = BACKENDS[backend](model, trust_remote_code=trust_remote_code)
+        arguments = {
+            "model": str(model),
+            "dtype": params.dtype,
+            "quantization": params.quantization,
+            "max_model_len": length.max_model_len,
+            "max_num_seqs": params.max_num_seqs,
+            "block_size": params.block_size or (CPU_BLOCK_TOKENS if on_cpu() else None),
+            "tensor_parallel_size": params.tensor_parallel_size,
+            "enforce_eager": params.enforce_eager,
+            "trust_remote_code": trust_remote_code,
+            "skip_tokenizer_init": True,
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            "seed": 0,
+            "gpu_memory_utilization": params.gpu_memory_utilization,  # on CPU cpu_kv_cache_gib takes its place
+        }
+        budget = _sampling_budget if sampling else self.backend.step_budget
+        arguments |= budget(params.max_num_batched_tokens, length.max_model_len) | self.backend.engine_arguments()
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self.block_size = self.engine.vllm_config.cache_config.block_size
+        self._requests = self._passes = 0
 
     def score(self, rows: Sequence[Row], on_finished: OnFinished) -> tuple[list[np.ndarray], int, int]:
         """The fields of engine_process.Scored."""
-        params = SamplingParams(
-            prompt_logprobs=0,
-            max_tokens=1,  # vLLM has no zero; the sampled token is thrown away
-            temperature=0.0,
-            detokenize=False,
-            flat_logprobs=True,  # a third of the memory of one object per token
-            # After a prefix hit vLLM leaves the skipped positions uninitialised.
-            skip_reading_prefix_cache=True,
-        )
-        prompts = [TokensPrompt(prompt_token_ids=[*prompt.tolist(), *response.tolist()]) for prompt, response in rows]
-        outputs = self.llm.generate(prompts, params, use_tqdm=_reporter(on_finished))
-        logps = [
-            response_logps(output.prompt_logprobs, response)
-            for output, (_, response) in zip(outputs, rows, strict=True)
+        tails, shared = self._answers(rows, on_finished, share=True)
+        found = complete(rows, tails)
+        again = [index for index, logps in enumerate(found) if logps is None]
+        alone, _ = self._answers([rows[index] for index in again], None, share=False)
+        for index, logps in zip(again, alone, strict=True):
+            if len(logps) != len(rows[index][1]):
+                raise ValueError(f"vLLM gave log-probs for {len(logps)} of {len(rows[index][1])} response tokens")
+            found[index] = logps
+        return found, shared, len(again)
+
+    def _answers(
+        self, rows: Sequence[Row], on_finished: OnFinished | None, *, share: bool
+    ) -> tuple[list[np.ndarray], int]:
+        """Log-probs of the last tokens of each response, as many as the engine computed, and the tokens it skipped."""
+        # Never shared with earlier passes: their responses may begin like ours, and what they were is forgotten.
+        self._passes += 1
+        requests = [
+            (
+                TokensPrompt(
+                    prompt_token_ids=[*prompt.tolist(), *response.tolist()],
+                    cache_salt=f"{self._passes}-{prompt_salt(prompt)}",
+                ),
+                # Whole blocks are skipped. Where they end with the prompt, they take the state that predicts the first
+                # response token along, and the row would have to be scored again.
+                self.backend.request(prompt, response, share=share and len(prompt) % self.block_size != 0),
+            )
+            for prompt, response in rows
         ]
-        return logps, 0, 0
+        tails: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
+        shared = 0
+        for index, output in self._finished(requests):
+            prompt, response = rows[index]
+            # Read at once: a backend's answer may be far larger than the log-probs in it.
+            tails[index] = self.backend.read(output, prompt, response)
+            shared += output.num_cached_tokens or 0
+            if on_finished is not None:
+                on_finished(1, len(prompt) + len(response))
+        return tails, shared
 
     def generate(
         self,
@@ -81,45 +129,49 @@ class VLLMEngine:
 
         A stop token ends a sample and is its last token. Same arguments, same samples, whatever else is in the batch.
         """
-        params = [
-            SamplingParams(
-                n=n,
-                max_tokens=max_new_tokens,
-                temperature=1.0,
-                top_p=1.0,
-                top_k=0,
-                seed=seed * 1_000_003 + index * n,  # vLLM gives sample i of a prompt seed + i; no two share one
-                stop_token_ids=list(stop_token_ids),
-                detokenize=False,
+        requests = [
+            (
+                TokensPrompt(prompt_token_ids=prompt.tolist()),
+                SamplingParams(
+                    n=n,
+                    max_tokens=max_new_tokens,
+                    temperature=1.0,
+                    top_p=1.0,
+                    top_k=0,
+                    seed=seed * 1_000_003 + index * n,  # vLLM gives sample i of a prompt seed + i; no two share one
+                    stop_token_ids=list(stop_token_ids),
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                ),
             )
-            for index in range(len(prompts))
+            for index, prompt in enumerate(prompts)
         ]
-        requests = [TokensPrompt(prompt_token_ids=prompt.tolist()) for prompt in prompts]
-        outputs = self.llm.generate(requests, params, use_tqdm=_reporter(on_finished))
-        return [[list(sample.token_ids) for sample in output.outputs] for output in outputs]
+        samples: list[list[list[int]]] = [[] for _ in prompts]
+        for index, output in self._finished(requests):
+            samples[index] = [list(sample.token_ids) for sample in output.outputs]
+            on_finished(n, 0)
+        return samples
+
+    def _finished(self, requests: Sequence[tuple[TokensPrompt, Any]]) -> Iterator[tuple[int, Any]]:
+        """(index of the request, its output) as each finishes."""
+        index_of = {}
+        for index, (prompt, params) in enumerate(requests):
+            self._requests += 1
+            name = str(self._requests)
+            index_of[name] = index
+            self.engine.add_request(name, prompt, params)
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                if output.finished:
+                    yield index_of.pop(output.request_id), output
+        if index_of:
+            raise RuntimeError(f"vLLM finished without an answer to {len(index_of)} of {len(requests)} requests")
 
 
-def _step_budget(params: ScoreParams, max_model_len: int) -> dict[str, Any]:
+def _sampling_budget(wanted: int, max_model_len: int) -> dict[str, Any]:
     """How many tokens one engine step takes, and whether it may take part of a prompt."""
-    if not current_platform.is_cpu():
-        return {"max_num_batched_tokens": params.max_num_batched_tokens}
+    if not on_cpu():
+        return {"max_num_batched_tokens": wanted}
     # A prompt cut into chunks makes vLLM 0.32 rewind its request's random generator, which CPU generators can't:
     # "CPU Generator does not use offset" ends the engine. Whole prompts then; one must fit into a step.
-    budget = max(params.max_num_batched_tokens, max_model_len)
-    return {"max_num_batched_tokens": budget, "enable_chunked_prefill": False}
-
-
-def _reporter(on_finished: OnFinished) -> Callable[..., tqdm]:
-    """vLLM draws its progress bar with any tqdm it is given; this one draws nothing and tells `on_finished`."""
-
-    class Reporter(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.counts_requests = kwargs.get("desc") == "Processed prompts"
-            super().__init__(*args, **(kwargs | {"file": io.StringIO(), "mininterval": 3600.0}))
-
-        def update(self, n: float | None = 1) -> bool | None:
-            if self.counts_requests:
-                on_finished(int(n or 0))
-            return super().update(n)
-
-    return Reporter
+    return {"max_num_batched_tokens": max(wanted, max_model_len), "enable_chunked_prefill": False}

@@ -98,6 +98,11 @@ def _stable(value: Any) -> Any:
     return [_stable(inner) for inner in value] if isinstance(value, list) else value
 
 
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The safetensors file of each tensor by name; raises as `weights_digest`."""
+    return {tensor.name: tensor.file for file in _weight_files(folder) for tensor in _tensors_of(file)}
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """The files that transformers and vLLM would load: those of the index where there is one."""
     index = folder / "model.safetensors.index.json"

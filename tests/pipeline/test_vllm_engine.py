@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from pipeline.engine_probe import make_probe
 from pipeline.engine_process import EngineProcess
-from pipeline.errors import RunFailed
+from pipeline.errors import EngineFailed, RunFailed
 from pipeline.params import ScoreParams
 from pipeline.scoring_plan import EngineLength
 from tests.pipeline.tiny_reference import (
@@ -39,15 +40,37 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(model, tmp_path_factory):
+    """As evaluate uses it: samples, and scores by prompt_logprobs."""
     params = ScoreParams(enforce_eager=True, max_num_batched_tokens=512)
     with EngineProcess(params, log=tmp_path_factory.mktemp("log") / "engine.log") as running:
-        running.load(model, LENGTH)
+        assert running.load(model, LENGTH, sampling=True) == "prompt_logprobs"
         yield running
 
 
 @pytest.fixture(scope="module")
+def probe(model):
+    options = {"dtype": "float32", "quantization": None, "trust_remote_code": False}
+    return make_probe(model, vocabulary=VOCABULARY, longest=POSITIONS, **options)
+
+
+@pytest.fixture(scope="module")
+def hidden_states_engine(model, probe, tmp_path_factory):
+    """As score uses it on a CPU."""
+    params = ScoreParams(enforce_eager=True, max_num_batched_tokens=512)
+    with EngineProcess(params, log=tmp_path_factory.mktemp("log") / "engine.log") as running:
+        assert running.load(model, LENGTH, probe=probe) == "hidden_states"
+        yield running
+
+
+@pytest.fixture(params=["prompt_logprobs", "hidden_states"])
+def scorer(request):
+    return request.getfixturevalue("engine" if request.param == "prompt_logprobs" else "hidden_states_engine")
+
+
+@pytest.fixture(scope="module")
 def rows():
-    return adversarial_rows()
+    """Those of one prompt next to each other."""
+    return sorted(adversarial_rows(), key=lambda row: row[0].tobytes())
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +79,48 @@ def expected(model, rows):
 
 
 @pytest.fixture(scope="module")
-def scored(engine, rows):
-    return engine.score(rows, ignore).logps
+def scored(hidden_states_engine, rows):
+    return hidden_states_engine.score(rows, ignore).logps
 
 
-def test_every_log_prob_equals_transformers(rows, expected, scored):
-    for (prompt, response), whole, found in zip(rows, expected, scored, strict=True):
+def test_every_log_prob_equals_transformers(rows, expected, scorer):
+    for (prompt, response), whole, found in zip(rows, expected, scorer.score(rows, ignore).logps, strict=True):
         assert found.dtype == np.float32 and found.shape == response.shape
         # Of the P + R - 1 predictions, the response's are the last R.
         np.testing.assert_allclose(found, whole[len(prompt) - 1 :], atol=1e-4, err_msg=f"{len(prompt)}+{len(response)}")
+
+
+def many_responses(seed=1):
+    """One prompt of every length around a block, each with responses that begin alike for up to two blocks."""
+    random = np.random.default_rng(seed)
+
+    def draw(n):
+        return random.integers(3, VOCABULARY, n).astype(np.int32)
+
+    rows = []
+    for length in (1, 31, 32, 33, 63, 64, 65, 95, 127, 128, 129):
+        prompt, opening = draw(length), draw(70)
+        answers = [opening[:n] for n in (1, 2, 31, 32, 33, 64, 65, 70)]
+        answers += [np.concatenate([opening[:n], draw(5)]) for n in (1, 30, 40, 66)]
+        answers += [draw(n) for n in (1, 40)]
+        rows += [(prompt, answer) for answer in answers]
+    return rows
+
+
+@pytest.mark.parametrize("order", ["as it is", "longest first", "shuffled"])
+def test_responses_that_share_prompt_and_opening_are_right_in_any_order(scorer, model, order):
+    rows = many_responses()
+    if order == "longest first":
+        rows = sorted(rows, key=lambda row: (row[0].tobytes(), -len(row[1])))
+    elif order == "shuffled":
+        random = np.random.default_rng(2)
+        rows = sorted([rows[i] for i in random.permutation(len(rows))], key=lambda row: row[0].tobytes())
+    found = scorer.score(rows, ignore)
+    for (prompt, response), whole, logps in zip(rows, transformers_token_logps(model, rows), found.logps, strict=True):
+        np.testing.assert_allclose(logps, whole[len(prompt) - 1 :], atol=1e-4, err_msg=f"{len(prompt)}+{len(response)}")
+    assert found.shared_tokens > 0.5 * sum(len(prompt) for prompt, _ in rows)
+    if order == "longest first":  # as score does it; a prefix before its longer version costs rescoring
+        assert found.rescored < len(rows) / 10
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
@@ -75,19 +131,19 @@ def test_the_comparison_would_notice_a_shift_by_one(rows, expected, scored, shif
             assert np.abs(found - whole[first : first + len(response)]).max() > 0.1
 
 
-def test_numbers_do_not_depend_on_what_else_is_in_the_call(engine, rows, scored):
+def test_numbers_do_not_depend_on_what_else_is_in_the_call(scorer, rows, scored):
     """Also after all other rows went through the engine: nothing is read from a cache of prefixes."""
     for index in (0, 9, 20, 25, 30):
-        alone = engine.score([rows[index]], ignore).logps[0]
+        alone = scorer.score([rows[index]], ignore).logps[0]
         np.testing.assert_allclose(alone, scored[index], atol=1e-5)
-    again = engine.score(rows[::-1], ignore).logps[::-1]
+    again = scorer.score(rows[::-1], ignore).logps[::-1]
     for first, second in zip(scored, again, strict=True):
         np.testing.assert_allclose(first, second, atol=1e-5)
 
 
-def test_progress_adds_up(engine, rows):
+def test_progress_adds_up(scorer, rows):
     seen = []
-    engine.score(rows, lambda *done: seen.append(done))
+    scorer.score(rows, lambda *done: seen.append(done))
     assert sum(count for count, _ in seen) == len(rows)
     assert sum(tokens for _, tokens in seen) == sum(len(p) + len(r) for p, r in rows)
 
@@ -152,3 +208,11 @@ def test_a_model_that_vllm_cannot_load_is_a_failed_run_with_its_log(tmp_path, mo
         engine.load(tmp_path, LENGTH)
     assert "did not start" in str(failed.value) and str(log) in str(failed.value)
     assert "Traceback" in log.read_text()
+
+
+def test_a_backend_that_fails_the_probe_is_not_used_and_the_last_one_ends_the_run(tmp_path, model, probe, capsys):
+    wrong = probe._replace(logps=[logps - 1 for logps in probe.logps])
+    expected = pytest.raises(EngineFailed, match=r"prompt_logprobs that are up to 1 nats from transformers'")
+    with EngineProcess(ScoreParams(enforce_eager=True), log=tmp_path / "engine.log") as engine, expected:
+        engine.load(model, LENGTH, probe=wrong)
+    assert "hidden_states is not used" in capsys.readouterr().err

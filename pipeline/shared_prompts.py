@@ -1,0 +1,44 @@
+"""Several responses under one prompt in one engine: what the engine computed once is read once, and checked.
+
+With prefix caching vLLM skips the blocks of a sequence that an earlier one has filled, and then has no answer for the
+skipped positions. Which those are is read off the answer itself, never computed from block sizes. A skipped response
+token (two responses began alike) is taken from the response that computed it; whatever stays open is scored alone.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+
+Row = tuple[np.ndarray, np.ndarray]  # prompt ids and response ids, int32
+
+
+def prompt_salt(prompt: np.ndarray) -> str:
+    """vLLM's cache_salt for a prompt: only sequences under the very same prompt may share blocks."""
+    return hashlib.blake2b(prompt.astype("<i4").tobytes(), digest_size=16).hexdigest()
+
+
+def complete(rows: Sequence[Row], tails: Sequence[np.ndarray]) -> list[np.ndarray | None]:
+    """Whole answers out of partial ones; None where tokens stay unanswered.
+
+    rows: those of one prompt next to each other. tails: log-probs of the last tokens of each response, (<= R,) each, in
+    nats. A missing beginning is taken from a response of the same prompt that has the same beginning and an answer to
+    it: the log-prob of a token depends on nothing but the tokens before it.
+    """
+    found: list[np.ndarray | None] = [None] * len(rows)
+    for _, group in groupby(range(len(rows)), key=lambda index: rows[index][0].tobytes()):
+        members = list(group)
+        # By what is missing: a response that lacks three tokens may have its first two from one that lacks two.
+        for index in sorted(members, key=lambda member: len(rows[member][1]) - len(tails[member])):
+            response, tail = rows[index][1], tails[index]
+            missing = len(response) - len(tail)
+            if not missing:
+                found[index] = tail
+                continue
+            for other in members:
+                whole = found[other]
+                if whole is not None and np.array_equal(rows[other][1][:missing], response[:missing]):
+                    found[index] = np.concatenate([whole[:missing], tail])
+                    break
+    return found

@@ -1,0 +1,138 @@
+"""Three ways to the log-prob of a response token out of one vLLM engine; engine_probe.py tells whether one is right.
+
+Each reads the tokens that the engine computed, from the end: with prefix caching the beginning may be skipped.
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from vllm import PoolingParams, SamplingParams
+from vllm.config import PoolerConfig
+
+from pipeline.output_head import load_output_head
+from pipeline.prompt_logprobs import response_logps
+from pipeline.scoring_plan import model_limits
+
+LOGITS_BYTES = 1 << 30  # what vocabulary-wide arrays may take at once
+_BYTES_PER_LOGIT = 24  # measured: logits, log-probs and what ranking them takes
+
+
+class Backend(ABC):
+    """What to tell the engine, what to ask for a row, and how to read the answer."""
+
+    def __init__(self, model: Path, *, trust_remote_code: bool) -> None:
+        self.vocabulary = model_limits(model, trust_remote_code=trust_remote_code).vocabulary
+
+    def engine_arguments(self) -> dict[str, Any]:
+        # The model's own generation_config would change temperature and top_p behind our back.
+        return {"generation_config": "vllm"}
+
+    def step_budget(self, wanted: int, max_model_len: int) -> dict[str, Any]:
+        """vLLM computes logits for all tokens of a step, so the vocabulary bounds the step."""
+        bounded = max(32, LOGITS_BYTES // (_BYTES_PER_LOGIT * self.vocabulary))
+        return {"max_num_batched_tokens": min(wanted, bounded), "enable_chunked_prefill": True}
+
+    @abstractmethod
+    def request(self, prompt: np.ndarray, response: np.ndarray, *, share: bool) -> SamplingParams | PoolingParams: ...
+
+    @abstractmethod
+    def read(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+        """Log-probs of the last computed tokens of the response, nats, float32, (<= response length,)."""
+
+
+class PromptLogprobs(Backend):
+    """`prompt_logprobs`: works everywhere, computes logits and ranks for every computed token."""
+
+    def request(self, prompt: np.ndarray, response: np.ndarray, *, share: bool) -> SamplingParams:
+        return SamplingParams(
+            prompt_logprobs=0,
+            max_tokens=1,  # vLLM has no zero; the sampled token is thrown away
+            temperature=0.0,
+            detokenize=False,
+            flat_logprobs=True,  # a third of the memory of one object per token
+            skip_reading_prefix_cache=not share,
+        )
+
+    def read(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+        # vLLM leaves uninitialised memory where it skipped; position P - 1 + i answers for response token i.
+        computed = computed_tokens(output, prompt, response)
+        try:
+            return response_logps(output.prompt_logprobs, response[len(response) - computed :])
+        except ValueError:  # about other tokens than these
+            return np.empty(0, np.float32)
+
+
+class TokenIds(Backend):
+    """Fixed-id scoring (`prompt_logprob_token_ids`, vLLM >= 0.32 on CUDA): response rows only, no ranks."""
+
+    def step_budget(self, wanted: int, max_model_len: int) -> dict[str, Any]:
+        return {"max_num_batched_tokens": wanted}  # the runner that can do this computes logits in chunks of its own
+
+    def request(self, prompt: np.ndarray, response: np.ndarray, *, share: bool) -> SamplingParams:
+        return SamplingParams(
+            prompt_logprob_token_ids=response.astype(np.int32)[:, None],
+            prompt_logprob_start=len(prompt) - 1,
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            skip_reading_prefix_cache=not share,
+        )
+
+    def read(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+        found = output.prompt_token_id_logprobs
+        # None where the engine skipped beyond the prompt; anything but (R, 1) is another version's layout.
+        if found is None or np.shape(found) != (len(response), 1):
+            return np.empty(0, np.float32)
+        return np.asarray(found, dtype=np.float32)[:, 0]
+
+
+class HiddenStates(Backend):
+    """The engine as a `token_embed` pooling model; the output head is ours, in chunks, for response rows only."""
+
+    CHUNK_TOKENS: ClassVar[int] = 1024
+
+    def __init__(self, model: Path, *, trust_remote_code: bool) -> None:
+        super().__init__(model, trust_remote_code=trust_remote_code)
+        chunk = max(16, min(self.CHUNK_TOKENS, LOGITS_BYTES // (_BYTES_PER_LOGIT * self.vocabulary)))
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.head = load_output_head(model, chunk, trust_remote_code=trust_remote_code).to(self.device)
+
+    def engine_arguments(self) -> dict[str, Any]:
+        return {"runner": "pooling", "convert": "embed", "pooler_config": PoolerConfig(task="token_embed")}
+
+    def step_budget(self, wanted: int, max_model_len: int) -> dict[str, Any]:
+        return {"max_num_batched_tokens": wanted, "enable_chunked_prefill": True}
+
+    def request(self, prompt: np.ndarray, response: np.ndarray, *, share: bool) -> PoolingParams:
+        # No activation: it would normalise the states.
+        return PoolingParams(task="token_embed", use_activation=False, skip_reading_prefix_cache=not share)
+
+    def read(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+        states = output.outputs.data
+        # After a preemption vLLM may return states twice; any disagreement means: don't trust, score again.
+        if len(states) != len(prompt) + len(response) - output.num_cached_tokens:
+            return np.empty(0, np.float32)
+        computed = computed_tokens(output, prompt, response)
+        with torch.inference_mode():
+            targets = torch.from_numpy(response[len(response) - computed :].astype(np.int64))
+            # The state at a token predicts the next one, so the last state predicts nothing of ours.
+            predicting = states[len(states) - 1 - computed : len(states) - 1]
+            return self.head(predicting.to(self.device, torch.float32), targets.to(self.device)).cpu().numpy()
+
+
+def computed_tokens(output: Any, prompt: np.ndarray, response: np.ndarray) -> int:
+    """How many response tokens, counted from the end, the engine has an answer for: those it did not skip."""
+    skipped = output.num_cached_tokens
+    if skipped is None:  # it doesn't say; then nothing can be trusted
+        return 0
+    return max(0, min(len(response), len(prompt) + len(response) - 1 - skipped))
+
+
+BACKENDS: dict[str, type[Backend]] = {
+    "token_ids": TokenIds,
+    "hidden_states": HiddenStates,
+    "prompt_logprobs": PromptLogprobs,
+}
