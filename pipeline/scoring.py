@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from cache import Journal, ReferenceIdentity, logps_table, open_reference
 from pipeline import drift
+from pipeline.engine_probe import make_probe
 from pipeline.engine_process import orderly_termination
 from pipeline.errors import RequestError
 from pipeline.params import ScoreParams
@@ -49,6 +50,7 @@ class _Work:
     rescored: int = 0
     shared_tokens: int = 0
     restarts: int = 0
+    backend: str | None = None
     bad: Sequence[BadRow] = ()
     quarantined: Sequence[Quarantined] = ()
 
@@ -109,8 +111,17 @@ def _score_missing(
             missing = missing.filter(~pl.col("response_key").is_in([row.key for row in bad]))
             if missing.is_empty():
                 return _Work(bad=bad)
-        engine.load(engine_length(longest_row(missing), limits, params, what="responses with their prompts"))
-        work = _Work(len(missing), row_tokens(missing), bad=bad, quarantined=engine.quarantined)
+        length = engine_length(longest_row(missing), limits, params, what="responses with their prompts")
+        probe = make_probe(
+            model,
+            vocabulary=limits.vocabulary,
+            longest=length.max_model_len - 1,
+            dtype=params.dtype,
+            quantization=params.quantization,
+            trust_remote_code=trust_remote_code,
+        )
+        backend = engine.load(length, probe)
+        work = _Work(len(missing), row_tokens(missing), backend=backend, bad=bad, quarantined=engine.quarantined)
         started = time.perf_counter()
         with progress_bar("score", work.rows, tokens=work.tokens) as advance:
             for call in engine.score(calls(missing, params.rows_per_call), advance):
@@ -145,6 +156,7 @@ def _write_metrics(
         "seconds": round(work.seconds, 3),
         "rows_per_second": round(work.rows * per_second, 3),
         "tokens_per_second": round(work.tokens * per_second, 1),
+        "backend": work.backend,
         "engine_restarts": work.restarts,
         "rows_rescored": work.rescored,
         "prompt_tokens_shared": work.shared_tokens,

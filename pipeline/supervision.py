@@ -15,6 +15,7 @@ from typing import NamedTuple, Self
 
 import polars as pl
 
+from pipeline.engine_probe import Probe
 from pipeline.engine_process import EngineProcess, Row, Scored
 from pipeline.errors import EngineFailed, RunFailed
 from pipeline.params import ScoreParams
@@ -57,16 +58,20 @@ class SupervisedEngine:
         self.quarantined: list[Quarantined] = []
         self._model, self._params, self._trust_remote_code = model, params, trust_remote_code
         self._length: EngineLength | None = None
+        self._probe: Probe | None = None
         self._deaths = self._deaths_since_answer = 0
         for old in log_file("score").parent.glob("score.*.log"):
             old.unlink()  # of an earlier run, which would pass for this one's
         self._engine: EngineProcess | None = self._start()
 
-    def load(self, length: EngineLength) -> None:
-        """Build the engine. One that fails at once would fail again, so EngineFailed is final here."""
-        self._length = length
+    def load(self, length: EngineLength, probe: Probe) -> str:
+        """Build the engine and return its backend. One that fails now would fail again: EngineFailed is final here."""
+        self._length, self._probe = length, probe
         assert self._engine is not None
-        self._engine.load(self._model, length, trust_remote_code=self._trust_remote_code)
+        backend = self._engine.load(self._model, length, probe=probe, trust_remote_code=self._trust_remote_code)
+        # Its replacements answer in the same way, and don't try again what was refused.
+        self._params = self._params.model_copy(update={"backend": backend})
+        return backend
 
     def score(self, planned: Iterable[pl.DataFrame], advance: Advance) -> Iterator[ScoredCall]:
         """Yield every call as it is answered; those that ended an engine come last, in pieces, without what was set
@@ -122,13 +127,13 @@ class SupervisedEngine:
         )
 
     def _replace(self) -> EngineProcess:
-        assert self._length is not None
+        assert self._length is not None and self._probe is not None
         failure: EngineFailed | None = None
         for _ in range(STARTS):
             self.restarts += 1
             engine = self._engine = self._start()
             try:
-                self.load(self._length)
+                self.load(self._length, self._probe)
                 return engine
             except EngineFailed as error:
                 self._engine, failure = None, error
