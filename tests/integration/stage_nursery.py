@@ -119,25 +119,20 @@ def engine_in_call(n: int) -> None:
     EngineProcess.score = score_and_kill  # type: ignore[method-assign]
 
 
-def engine_hangs_in_call(n: int) -> None:
-    countdown = Countdown(n)
+def engine_at_row(key: str) -> None:
+    """Whenever the row of that key is in a call: killed the first time, stopped the second, killed the third."""
+    hang = Countdown(2)
 
-    def stop(engine: EngineProcess, *_: Any) -> None:
-        if countdown.reached():
+    def end(engine: EngineProcess, rows: Any, *_: Any) -> None:
+        if key not in {response_key(*row).hex() for row in rows}:
+            return
+        if hang.reached():
             engine._params = engine._params.model_copy(update={"timeout_seconds": 1})
             os.kill(engine.pid, signal.SIGSTOP)
-
-    wrap(EngineProcess, "score", before=stop)
-
-
-def engine_at_row(key: str) -> None:
-    """Whenever the row of that key is in a call."""
-
-    def kill(engine: EngineProcess, rows: Any, *_: Any) -> None:
-        if key in {response_key(*row).hex() for row in rows}:
+        else:
             os.kill(engine.pid, signal.SIGKILL)
 
-    wrap(EngineProcess, "score", before=kill)
+    wrap(EngineProcess, "score", before=end)
 
 
 def run(order: dict[str, Any]) -> int:

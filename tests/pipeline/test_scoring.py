@@ -1,6 +1,7 @@
 """Filling the reference cache with the real engine: what is scored, what is reused, and what a kill leaves behind."""
 
 import json
+import signal
 
 import numpy as np
 import polars as pl
@@ -11,6 +12,7 @@ from pipeline import scoring, supervision
 from pipeline.engine_process import EngineProcess
 from pipeline.errors import RequestError
 from pipeline.weights import reference_identity
+from tests.integration import kills
 from tests.pipeline.scoring_project import Project, write_prepared
 from tests.pipeline.tiny_reference import adversarial_rows, quick_engine, transformers_token_logps, write_model
 
@@ -154,6 +156,32 @@ def test_only_new_responses_are_scored(finished, monkeypatch):
     assert summary["rows_scored"] == 2 and summary["rows_reused"] == len(finished.rows)
     assert {response_key(*row) for row in seen} == {response_key(*row) for row in new}
     assert open_reference(finished.out, expect=None).n_rows == len(finished.rows) + 2
+
+
+@pytest.mark.slow
+def test_kills_and_a_hang_of_stage_and_engine_lose_nothing_and_a_poisonous_row_is_set_aside(finished, place):
+    rows = place.rows
+    poison = response_key(*min(rows, key=lambda row: (len(row[0]) + len(row[1]), response_key(*row))))
+    with kills.Nursery() as nursery:
+        for seconds in (1, 3, 5):  # it imports vLLM or loads the model meanwhile
+            assert nursery.score(place, kill_after=seconds)[0] == -signal.SIGKILL
+        assert nursery.score(place, [("stage_after_append", 2)])[0] == -signal.SIGKILL
+        kept = place.journalled()
+        assert 0 < len(kept) < len(rows) and poison not in kept
+        assert not place.out.exists()  # nothing half-finished is visible
+
+        status, output = nursery.score(place, [("engine_at_row", poison.hex())])
+        assert status == 1, output
+        assert output.count("killed by signal 9") == 2 and output.count("gave no sign of life for 1 s") == 1
+        assert f"Response {poison.hex()} (of no pair) ended three engines" in output
+        assert place.journalled() == {response_key(*row) for row in rows} - {poison}
+        assert not place.out.exists()
+
+        assert nursery.score(place)[0] == 0
+    assert json.loads(place.metrics.read_text())["rows_scored"] == 1
+    assert set(kills.journalled(place.home).values()) == {1}
+    assert finished.score()["rows_scored"] == 0  # in case another test left it grown or shrunk
+    assert place.published() == finished.published()
 
 
 @pytest.mark.slow
