@@ -46,6 +46,11 @@ class Engine:
             self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
         self.engine.step()
 
+    @property
+    def updates(self) -> int:
+        """Optimizer steps made so far, those before a resumed checkpoint included."""
+        return int(self.engine.global_steps)
+
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate

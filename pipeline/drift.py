@@ -1,56 +1,71 @@
 """Drift: how far the cached log-probs are from the trainer's own forward of the same reference weights."""
 
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from cache import Reference
-from pipeline.progress import activity, progress_bar
+from cache import Reference, open_reference
+from pipeline.params import TrainParams
+from pipeline.progress import progress_bar
 from pipeline.scoring_plan import engine_rows
+from pipeline.trainer_forward import TrainerForward
+from pipeline.weights import reference_identity
 
 FILE = "drift.json"
-FORMAT_VERSION = 1
-_CHUNK_TOKENS = 1024  # response tokens whose vocabulary-wide float32 logits exist at once
+FORMAT_VERSION = 2
+_MEASURED = ("responses", "tokens", "per_token", "per_sequence", "sequences")
 
 
 def ensure_drift(
     out: Path,
     model: Path,
     *,
-    responses: pl.DataFrame,
+    responses: pl.DataFrame | pl.LazyFrame,
     pairs: pl.DataFrame,
     reference: Reference,
     trainer_dtype: str,
     sample_size: int,
     trust_remote_code: bool,
+    tolerance: float | None = None,
+    rescored: Collection[bytes] = (),
 ) -> dict[str, Any]:
     """Make out/drift.json describe this cache and trainer; returns its content.
 
-    The forward by transformers is repeated only if the sample, the reference or the trainer's dtype changed.
+    tolerance: nats a sequence above which a sampled row counts as flagged; None: as recorded before, or
+    train.drift_tolerance's default. rescored: keys of the cached rows that hold transformers' float32 values. The
+    forward by transformers is repeated only if the sample, its cached values or the trainer's dtype changed.
     """
     file = out / FILE
+    before = read_drift(out) or {}
     sample = choose_sample(responses, sample_size)
     keys = sample["response_key"].to_list()
     describes = {
         "format_version": FORMAT_VERSION,
         "reference_id": reference.identity.reference_id,
         "trainer_dtype": trainer_dtype,
-        "sample": hashlib.blake2b(b"".join(keys), digest_size=16).hexdigest(),
+        "sample": keys_digest(keys),
+        "values": values_digest(reference, keys),
     }
-    before = json.loads(file.read_text()) if file.exists() else {}
     if all(before.get(name) == value for name, value in describes.items()):
-        measured = {name: before[name] for name in ("responses", "tokens", "per_token", "per_sequence")}
+        measured = {name: before[name] for name in _MEASURED}
     else:
         cached = [row.to_numpy() for row in reference.rows(keys)["token_logps"]]
         own = transformers_logps(model, engine_rows(sample), trainer_dtype, trust_remote_code=trust_remote_code)
-        measured = drift_statistics(cached, own)
-    content = describes | measured | {"typical_margin": _six_digits(typical_margin(pairs, reference))}
+        measured = drift_statistics(cached, own) | {"sequences": worst_first(keys, cached, own)}
+    if tolerance is None:
+        tolerance = before.get("tolerance", TrainParams.model_fields["drift_tolerance"].default)
+    content = describes | {name: measured[name] for name in _MEASURED if name != "sequences"}
+    content["typical_margin"] = six_digits(typical_margin(pairs, reference))
+    content |= {"tolerance": tolerance, "flagged": count_flagged(measured["sequences"], tolerance)}
+    content["rescored"] = {"rows": len(rescored), "keys": keys_digest(rescored)}
+    content |= {"sequences": measured["sequences"], "rescored_keys": sorted(key.hex() for key in rescored)}
     if content != before:
         # A new file and a rename: the old one may be a hard link into DVC's own store.
         temporary = file.with_suffix(".json.partial")
@@ -59,19 +74,62 @@ def ensure_drift(
     return content
 
 
-def choose_sample(responses: pl.DataFrame, size: int) -> pl.DataFrame:
+def open_for_model(path: Path, model: Path) -> Reference:
+    """The reference cache at `path`, if it holds the answers of these very weights, of whatever engine and dtype.
+
+    Raises as `open_reference`, CacheMismatch naming the field where weights or config differ.
+    """
+    found = open_reference(path, expect=None).identity
+    ours = reference_identity(model, dtype=found.dtype, quantization=found.quantization)
+    return open_reference(path, expect=dataclasses.replace(found, weights=ours.weights, config=ours.config))
+
+
+def read_drift(out: Path) -> dict[str, Any] | None:
+    """The content of out/drift.json; None where there is none."""
+    file = out / FILE
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def summary(content: dict[str, Any]) -> dict[str, Any]:
+    """drift.json without its rows: what metrics and reports show."""
+    return {name: value for name, value in content.items() if name not in ("sequences", "rescored_keys")}
+
+
+def count_flagged(sequences: Sequence[dict[str, Any]], tolerance: float) -> int:
+    """How many of drift.json's `sequences` differ by more than `tolerance` nats."""
+    return sum(row["drift"] > tolerance for row in sequences)
+
+
+def keys_digest(keys: Collection[bytes]) -> str:
+    """Hex digest of a set of response keys, whatever their order."""
+    return hashlib.blake2b(b"".join(sorted(keys)), digest_size=16).hexdigest()
+
+
+def values_digest(reference: Reference, keys: Collection[bytes]) -> str:
+    """Hex digest of the cached token log-probs of `keys`, whatever their order: tells whether a drift is still theirs.
+
+    Raises as `Reference.rows`.
+    """
+    cached = reference.rows(sorted(keys), ["token_logps"])["token_logps"].explode(empty_as_null=False)
+    return hashlib.blake2b(cached.to_numpy().astype("<f4").tobytes(), digest_size=16).hexdigest()
+
+
+def choose_sample(responses: pl.DataFrame | pl.LazyFrame, size: int) -> pl.DataFrame:
     """The `size` responses with the smallest keys, one of them replaced by the longest row if that isn't among them.
 
     Keys are digests, so this is a random sample that stays the same, and mostly stays when rows are added. The longest
     row is where rounding adds up most.
     """
-    length = pl.col("prompt_ids").list.len() + pl.col("response_ids").list.len()
-    by_key = responses.sort("response_key")
-    longest = by_key.sort(length, descending=True, maintain_order=True).head(1)
-    smallest = by_key.head(size)
-    if longest["response_key"][0] in smallest["response_key"].to_list():
-        return smallest
-    return pl.concat([smallest.head(size - 1), longest])
+    length = (pl.col("prompt_ids").list.len() + pl.col("response_ids").list.len()).alias("length")
+    lengths = responses.lazy().select("response_key", length)
+    longest = lengths.bottom_k(1, by=["length", "response_key"], reverse=[True, False])
+    smallest = lengths.bottom_k(size, by="response_key")
+    keys = smallest.collect(engine="streaming")["response_key"].sort()
+    extra = longest.collect(engine="streaming")["response_key"]
+    if extra[0] not in keys.to_list():
+        keys = keys.head(size - 1).append(extra)
+    rows = responses.lazy().filter(pl.col("response_key").is_in(keys.implode())).collect(engine="streaming")
+    return keys.to_frame().join(rows, on="response_key", how="left", maintain_order="left")
 
 
 def drift_statistics(cached: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -79,15 +137,31 @@ def drift_statistics(cached: Sequence[np.ndarray], own: Sequence[np.ndarray]) ->
 
     cached, own: one array of token log-probs a response, of equal lengths.
     """
-    differences = [a.astype(np.float64) - b.astype(np.float64) for a, b in zip(cached, own, strict=True)]
+    differences = [difference(a, b) for a, b in zip(cached, own, strict=True)]
     per_token = np.abs(np.concatenate(differences))
-    per_sequence = np.abs([difference.sum() for difference in differences])
+    per_sequence = np.abs([one.sum() for one in differences])
     return {
         "responses": len(differences),
         "tokens": len(per_token),
         "per_token": _spread(per_token),
         "per_sequence": _spread(per_sequence),
     }
+
+
+def worst_first(keys: Sequence[bytes], cached: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """One {"response_key" (hex), "n_tokens", "drift" (nats)} a response, largest drift first, ties by key."""
+    rows = [
+        {"response_key": key.hex(), "n_tokens": len(a), "drift": six_digits(abs(difference(a, b).sum()))}
+        for key, a, b in zip(keys, cached, own, strict=True)
+    ]
+    return sorted(rows, key=lambda row: (-row["drift"], row["response_key"]))
+
+
+def difference(cached: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """cached - own in float64; ValueError where the lengths differ, which numpy would broadcast for a single token."""
+    if cached.shape != own.shape:
+        raise ValueError(f"{len(cached)} cached token log-probs, but the trainer's forward gave {len(own)}")
+    return cached.astype(np.float64) - own.astype(np.float64)
 
 
 def typical_margin(pairs: pl.DataFrame, reference: Reference) -> float:
@@ -105,34 +179,21 @@ def transformers_logps(
     model: Path, rows: Sequence[tuple[np.ndarray, np.ndarray]], dtype: str, *, trust_remote_code: bool = False
 ) -> list[np.ndarray]:
     """Token log-probs of each response as the trainer computes them: one float32 array (response length,) a row."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    from pipeline.logps import ResponseLogps, collate
-
-    logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with activity(f"loading {model} in transformers"):
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
-        )
-        trainer = ResponseLogps(loaded.to(device).eval(), _CHUNK_TOKENS)
+    forward = TrainerForward(model, dtype, trust_remote_code=trust_remote_code)
     found = []
     tokens = sum(len(prompt) + len(response) for prompt, response in rows)
-    with torch.inference_mode(), progress_bar("drift", len(rows), tokens=tokens) as advance:
-        for row in rows:
-            # One row at a time: padding would cost more than it saves, and the longest row sets the peak memory.
-            found.append(trainer(*collate([row]).to(device)).float().cpu().numpy())
-            advance(1, len(row[0]) + len(row[1]))
+    with progress_bar("drift", len(rows), tokens=tokens) as advance:
+        for prompt, response in rows:
+            found.append(forward(prompt, response))
+            advance(1, len(prompt) + len(response))
     return found
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
     spread = {"max": values.max(), "mean": values.mean(), "p99": np.quantile(values, 0.99)}
-    return {name: _six_digits(value) for name, value in spread.items()}
+    return {name: six_digits(value) for name, value in spread.items()}
 
 
-def _six_digits(value: float) -> float:
+def six_digits(value: float) -> float:
     """More digits would only say in which order the machine added."""
     return float(f"{value:.6g}")

@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 
 from cache import Reference, open_reference
+from pipeline import drift
 from pipeline.errors import RequestError
 
 QUANTILES = {"p01": 0.01, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99}
@@ -36,7 +37,7 @@ def inspect_reference(path: Path, *, tokenizer: Path | None, extremes: int) -> d
         "sum_logp": _distribution(reference, "sum_logp"),
         "token_logp": _token_distribution(reference),
         "extremes": _extremes(reference, extremes, decode),
-        "drift": _read_drift(path),
+        "drift": _read_drift(path, extremes),
     }
 
 
@@ -112,9 +113,10 @@ def load_decoder(folder: Path) -> Decode:
     return lambda ids: str(slow.decode(ids, skip_special_tokens=False))
 
 
-def _read_drift(path: Path) -> dict[str, Any] | None:
+def _read_drift(path: Path, extremes: int) -> dict[str, Any] | None:
+    """drift.json, of its sampled rows only the `extremes` that drift most."""
     try:
-        drift: dict[str, Any] = json.loads((path / "drift.json").read_text())
+        content: dict[str, Any] = json.loads((path / drift.FILE).read_text())
     except FileNotFoundError:
         return None
-    return drift
+    return drift.summary(content) | {"worst": content.get("sequences", [])[:extremes]}

@@ -30,7 +30,13 @@ from pipeline.training_progress import training_progress
 from pipeline.workspace import workspace
 
 # Settings that may change between a run and its continuation.
-_NOT_IN_DIGEST = {"checkpoint_every", "keep_checkpoints", "logps_chunk_tokens", "activation_checkpointing"}
+_NOT_IN_DIGEST = {
+    "checkpoint_every",
+    "keep_checkpoints",
+    "logps_chunk_tokens",
+    "activation_checkpointing",
+    "drift_tolerance",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +57,10 @@ def file_digest(path: Path) -> str:
 
 def work_folder(job: Job, *content: str) -> Path:
     """The folder that a run and its resumption share. content: digests of all inputs."""
-    loop = {key: value for key, value in job.loop.items() if key not in _NOT_IN_DIGEST}
-    identity = json.dumps([job.kind, loop, job.settings, job.seed, *content], sort_keys=True)
+    loop, settings = (
+        {key: value for key, value in part.items() if key not in _NOT_IN_DIGEST} for part in (job.loop, job.settings)
+    )
+    identity = json.dumps([job.kind, loop, settings, job.seed, *content], sort_keys=True)
     digest = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     return workspace() / "training" / f"{job.kind}-{digest}"
 

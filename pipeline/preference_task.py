@@ -16,6 +16,7 @@ from pipeline.models import disable_dropout, load_policy_start
 from pipeline.objectives import OBJECTIVES, PairLogps
 from pipeline.params import LoopParams, Trainable
 from pipeline.prepared_data import read_pairs, read_responses
+from pipeline.start_check import StartCheck
 from pipeline.trainable import select_trainable
 from pipeline.training import micro_steps_for
 
@@ -23,10 +24,20 @@ from pipeline.training import micro_steps_for
 class PreferenceTask:
     """Mean of an objective over the pairs of the batch; the reference is two float64 columns."""
 
-    def __init__(self, pairs: Path, reference: Path, *, objective: str, hyperparameters: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        pairs: Path,
+        reference: Path,
+        *,
+        objective: str,
+        hyperparameters: dict[str, Any],
+        drift_tolerance: float,
+    ) -> None:
+        """drift_tolerance: nats a response by which the policy may differ from the cached reference at the start."""
         self.objective, self.hyperparameters = OBJECTIVES[objective], hyperparameters
         self.beta = hyperparameters.get("beta", 1.0)
         table = read_pairs(pairs, "train")
+        self.start = StartCheck(reference, pairs, drift_tolerance)
         responses = read_responses(pairs)
         row_of = {key: row for row, key in enumerate(responses["response_key"])}
         self.prompts = responses["prompt_ids"]
@@ -47,7 +58,10 @@ class PreferenceTask:
         sums = sequence_sums(engine(*tokens), tokens.rows, len(rows))
         pair = self._pair_logps(sums, micro)
         losses = self.objective(pair, **self.hyperparameters)
-        return losses.sum() / len(batch), self._sums(pair, losses.detach())
+        sums = self._sums(pair, losses.detach())
+        if engine.updates == 0:
+            sums |= self.start.observe(pair, micro)
+        return losses.sum() / len(batch), sums
 
     def _pair_logps(self, policy: Tensor, micro: np.ndarray) -> PairLogps:
         chosen, rejected = policy.chunk(2)
@@ -73,6 +87,7 @@ class PreferenceTask:
             }
 
     def summarise(self, sums: dict[str, float], batch: np.ndarray) -> dict[str, float]:
+        self.start.judge(sums, len(batch))
         row = {name: value / len(batch) for name, value in sums.items()}
         # Nats per token, as language-model losses are given; everything else is a mean over pairs.
         row["nll/chosen"] = sums["nll/chosen"] / float(self.response_lengths[self.sides[batch, 0]].sum())
@@ -91,6 +106,7 @@ def start(job: Job, loop: LoopParams) -> tuple[Engine, PreferenceTask, nn.Module
         Path(job.paths["reference"]),
         objective=job.settings["objective"],
         hyperparameters=job.settings["hyperparameters"],
+        drift_tolerance=job.settings["drift_tolerance"],
     )
     engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
     return engine, task, model

@@ -1,19 +1,18 @@
 """Train one policy against the reference cache: what the `train` stage does. The ranks' side is preference_task.py."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from cache import Reference, open_reference
+from cache import Reference
+from pipeline.drift import FILE, count_flagged, open_for_model, values_digest
 from pipeline.errors import RequestError
 from pipeline.history import last_row
 from pipeline.launch import Job, file_digest, launch, publish, work_folder
 from pipeline.params import LoopParams, Trainable, TrainParams, variant_loop
 from pipeline.prepared_data import read_pairs
-from pipeline.weights import reference_identity
 
 
 def train_policy(
@@ -40,9 +39,9 @@ def train_policy(
     train_pairs = read_pairs(pairs, "train")
     if train_pairs.is_empty():
         raise RequestError(f"{pairs} has no training pairs. Add pairs, or lower prepare.test_share.")
-    cached = _reference_of(model, reference)
+    cached = open_for_model(reference, model)
     cached.sum_logps(pl.concat([train_pairs["chosen_key"], train_pairs["rejected_key"]]).unique().to_list())
-    check_drift(reference, dtype=settings.dtype, tolerance=settings.drift_tolerance)
+    check_drift(cached, dtype=settings.dtype, tolerance=settings.drift_tolerance)
     objective = params.variants[variant]
     loop = settings.model_dump(include=set(LoopParams.model_fields))
     job = Job(
@@ -52,6 +51,7 @@ def train_policy(
         settings={
             "objective": objective.objective,
             "hyperparameters": objective.hyperparameters(),
+            "drift_tolerance": settings.drift_tolerance,
             "trainable": trainable if isinstance(trainable, str) else trainable.model_dump(),
         },
         seed=seed,
@@ -75,9 +75,9 @@ def train_policy(
     return summary
 
 
-def check_drift(reference: Path, *, dtype: str, tolerance: float) -> None:
+def check_drift(reference: Reference, *, dtype: str, tolerance: float) -> None:
     """Refuse a cache whose values differ from the trainer's own by more than `tolerance` nats a sequence (p99)."""
-    file = reference / "drift.json"
+    file = reference.path / FILE
     if not file.exists():
         raise RequestError(
             f"{file} is missing: the distance between cache and trainer is unknown. Run `dvc repro score`."
@@ -88,16 +88,18 @@ def check_drift(reference: Path, *, dtype: str, tolerance: float) -> None:
             f"{file} was measured against a trainer in {drift['trainer_dtype']}, but this run trains in {dtype}. "
             "The drift in that dtype is unknown; set train.dtype, which score measures in, and run `dvc repro score`."
         )
-    if drift["per_sequence"]["p99"] > tolerance:
+    sampled = drift.get("sequences", [])
+    keys = [bytes.fromhex(row["response_key"]) for row in sampled]
+    if sampled and values_digest(reference, keys) != drift["values"]:
+        raise RequestError(
+            f"{file} was measured on other values than {reference.path} holds now. "
+            "The drift of these is unknown; run `dvc repro -f score`, which measures it and scores nothing twice."
+        )
+    if not drift["per_sequence"]["p99"] <= tolerance:  # NaN is refused too
+        flagged = f", {count_flagged(sampled, tolerance)} of {len(sampled)} sampled rows above it" if sampled else ""
         raise RequestError(
             f"{file}: cache and trainer differ by {drift['per_sequence']['p99']:.3g} nats a sequence (p99), "
-            f"train.drift_tolerance allows {tolerance:g}. Log-ratios would start off zero by that much. "
-            "Score in float32 (score.dtype) and run `dvc repro score`, or raise the tolerance knowingly."
+            f"train.drift_tolerance allows {tolerance:g}{flagged}. Log-ratios would start off zero by that much. "
+            f"`refcache verify {reference.path} --drift --repair` scores the rows above it anew with transformers in "
+            "float32; or score in float32 (score.dtype) and run `dvc repro score`, or raise the tolerance knowingly."
         )
-
-
-def _reference_of(model: Path, reference: Path) -> Reference:
-    """The cache, if it holds the answers of these very weights; of any engine and dtype, as drift covers both."""
-    found = open_reference(reference, expect=None).identity
-    weights = reference_identity(model, dtype=found.dtype, quantization=found.quantization)
-    return open_reference(reference, expect=dataclasses.replace(found, weights=weights.weights, config=weights.config))

@@ -6,6 +6,7 @@ PREPARED/pairs/pairs.parquet    one row per preference pair
 PREPARED/pairs/responses.parquet  one row per distinct response under its prompt
 """
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -77,7 +78,27 @@ def read_responses(folder: Path) -> pl.DataFrame:
     return _read(folder / "responses.parquet", RESPONSES_SCHEMA)
 
 
+def scan_pairs(folder: Path) -> pl.LazyFrame:
+    return _scan(folder / "pairs.parquet", PAIRS_SCHEMA)
+
+
+def scan_responses(folder: Path) -> pl.LazyFrame:
+    return _scan(folder / "responses.parquet", RESPONSES_SCHEMA)
+
+
+def iter_responses(folder: Path, columns: Sequence[str], *, rows: int) -> Iterator[pl.DataFrame]:
+    """The responses in file order, at most `rows` at a time, so that memory does not grow with the file."""
+    scan_responses(folder)
+    with pq.ParquetFile(folder / "responses.parquet") as file:
+        for batch in file.iter_batches(rows, columns=list(columns)):
+            yield pl.DataFrame(batch)
+
+
 def _read(path: Path, schema: pa.Schema) -> pl.DataFrame:
+    return _scan(path, schema).collect()
+
+
+def _scan(path: Path, schema: pa.Schema) -> pl.LazyFrame:
     if not path.exists():
         raise RequestError(f"{path} does not exist; it is written by `refcache prepare` (run `dvc repro prepare`).")
     found = pq.read_schema(path)
@@ -86,4 +107,4 @@ def _read(path: Path, schema: pa.Schema) -> pl.DataFrame:
             f"{path} has columns {found.names}, expected {schema.names}. "
             "It comes from another version; run `dvc repro -f prepare`."
         )
-    return pl.read_parquet(path)
+    return pl.scan_parquet(path, glob=False)

@@ -1,6 +1,8 @@
-"""From the journal and what is published already to a new publication of exactly the rows that the pairs need."""
+"""From the journals and what is published already to a new publication of exactly the rows that the pairs need."""
 
 import sys
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -37,11 +39,16 @@ def sound_reference(out: Path, identity: ReferenceIdentity) -> Reference | None:
 
 
 def publish_needed(
-    out: Path, keys: set[bytes], *, journal: Journal, published: Reference | None, identity: ReferenceIdentity
+    out: Path,
+    keys: set[bytes],
+    *,
+    journals: Sequence[Journal],
+    published: Reference | None,
+    identity: ReferenceIdentity,
 ) -> None:
-    """Publish the rows of exactly `keys`, from the journal, and from `published` where the journal hasn't them."""
+    """Publish the rows of exactly `keys`: from the first journal that has them, else from `published`."""
     tables, wanted = [], set(keys)
-    for table in journal.tables():
+    for table in chain.from_iterable(journal.tables() for journal in journals):
         found = table["response_key"].to_pylist()
         tables.append(table.filter(pa.array([key in wanted for key in found], pa.bool_())))
         wanted.difference_update(found)

@@ -45,6 +45,7 @@ WORDS = (
     ("nll of chosen", "Negative log-likelihood of chosen responses, nats per token; lower is better."),
     ("log p", "Log-probability of a response, nats, summed over its tokens, mean over pairs."),
     ("drift", "Difference between the stored log-probs and the trainer's own forward pass of the same weights."),
+    ("flagged", "A stored row whose log-probability drifts by more than train.drift_tolerance."),
     (
         "typical margin",
         "Median gap between the reference's log-probs within a pair; rewards are β times such gaps.",

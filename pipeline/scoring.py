@@ -20,6 +20,7 @@ from pipeline.params import ScoreParams
 from pipeline.prepared_data import read_pairs, read_responses
 from pipeline.progress import activity, progress_bar
 from pipeline.publication import publish_needed, sound_reference
+from pipeline.rescored import adopt, recorded_rows
 from pipeline.scoring_plan import (
     ROW_COLUMNS,
     BadRow,
@@ -34,7 +35,7 @@ from pipeline.scoring_plan import (
 from pipeline.supervision import Quarantined, SupervisedEngine
 from pipeline.unscorable import announce, refuse
 from pipeline.weights import reference_identity
-from pipeline.workspace import journal_folder
+from pipeline.workspace import journal_folder, rescored_folder
 
 
 @dataclass
@@ -63,14 +64,16 @@ def score_responses(
     metrics: Path,
     params: ScoreParams,
     trainer_dtype: str,
+    drift_tolerance: float | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Make `out` hold the log-probs of exactly the responses in `pairs` under `model`; returns the metrics' content.
 
-    Only rows that neither `out` nor the journal holds are scored; without any, no engine is started. trainer_dtype:
-    what `train` computes in, for the drift. Where rows can't be scored, all others are scored and journalled, `out`
-    stays as it was, and then RequestError (rows that the model can't take) or RunFailed (rows that end engines) names
-    them. RunFailed also where engines can't be kept alive, CacheLocked while another process scores.
+    Only rows that neither `out` nor the journals hold are scored; without any, no engine is started. trainer_dtype:
+    what `train` computes in, for the drift; drift_tolerance: see `drift.ensure_drift`. Where rows can't be scored, all
+    others are scored and journalled, `out` stays as it was, and then RequestError (rows that the model can't take) or
+    RunFailed (rows that end engines) names them. RunFailed also where engines can't be kept alive, CacheLocked while
+    another process scores.
     """
     responses = read_responses(pairs)
     if responses.is_empty():
@@ -79,14 +82,21 @@ def score_responses(
         identity = reference_identity(model, dtype=params.dtype, quantization=params.quantization)
     rows = scoring_order(responses.select(ROW_COLUMNS))
     needed = set(rows["response_key"])
-    with orderly_termination(), Journal(journal_folder() / identity.reference_id) as journal:
-        journalled = journal.keys()
-        published = sound_reference(out, identity) if needed - journalled else None
+    with (
+        orderly_termination(),
+        Journal(journal_folder() / identity.reference_id) as journal,
+        Journal(rescored_folder(identity.reference_id)) as rescored,
+    ):
+        recorded = recorded_rows(out, identity.reference_id) & needed - rescored.keys()
+        journalled = journal.keys() | rescored.keys()
+        published = sound_reference(out, identity) if recorded or needed - journalled else None
+        if published and recorded:
+            adopt(recorded, rescored, published)
         known = journalled | (published.keys() if published else set())
         missing = rows.filter(~pl.col("response_key").is_in(known)) if known else rows
         work = _score_missing(missing, model, params, trust_remote_code, journal, pairs) if len(missing) else _Work()
         refuse(work.bad, work.quarantined, pairs=pairs, out=out, total=len(responses), model=model)
-        publish_needed(out, needed, journal=journal, published=published, identity=identity)
+        publish_needed(out, needed, journals=[rescored, journal], published=published, identity=identity)
         measured = drift.ensure_drift(
             out,
             model,
@@ -96,6 +106,8 @@ def score_responses(
             trainer_dtype=trainer_dtype,
             sample_size=params.drift_sample,
             trust_remote_code=trust_remote_code,
+            tolerance=drift_tolerance,
+            rescored=needed & rescored.keys(),
         )
     return _write_metrics(metrics, responses, work, identity, measured)
 
@@ -162,7 +174,7 @@ def _write_metrics(
         "prompt_tokens_shared": work.shared_tokens,
         "reference_id": identity.reference_id,
         "identity": identity.to_dict(),
-        "drift": measured,
+        "drift": drift.summary(measured),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1) + "\n")

@@ -18,6 +18,11 @@ def journal_folder() -> Path:
     return workspace() / "journal"
 
 
+def rescored_folder(reference_id: str) -> Path:
+    """The journal of rows that transformers rescored in float32; they take precedence over the engine's."""
+    return journal_folder() / reference_id / "rescored"
+
+
 def log_file(name: str) -> Path:
     """The log of one engine, .refcache/logs/NAME.log; its folder exists on return."""
     folder = workspace() / "logs"

@@ -67,8 +67,24 @@ def _tables(found: dict[str, Any]) -> list[Table]:
             title = name.replace("_", " ", 1).capitalize()
             tables.append((title, columns, [[_show(row[column]) for column in columns] for row in rows]))
     if found["drift"] is not None:
-        rows = [[name, _show(value)] for name, value in found["drift"].items()]
-        tables.append(("Drift: cached log-probs against the trainer's own forward (nats)", ["field", "value"], rows))
+        tables += _drift_tables(found["drift"])
+    return tables
+
+
+def _drift_tables(drift: dict[str, Any]) -> list[Table]:
+    facts = {name: _show(value) for name, value in drift.items() if name != "worst"}
+    if "flagged" in drift:
+        above = f"{drift['responses']} sampled rows above {_show(drift['tolerance'])} nats (train.drift_tolerance)"
+        facts["flagged"] = f"{drift['flagged']} of {above}"
+    if "rescored" in drift:
+        scored = f"{drift['rescored']['rows']} rows, with transformers in float32"
+        facts["rescored"] = f"{scored}; digest of their keys {drift['rescored']['keys']}"
+    title = "Drift: cached log-probs against the trainer's own forward (nats)"
+    tables = [(title, ["field", "value"], [list(fact) for fact in facts.items()])]
+    if drift["worst"]:
+        columns = list(drift["worst"][0])
+        rows = [[_show(row[column]) for column in columns] for row in drift["worst"]]
+        tables.append(("Most drift among the sampled rows", columns, rows))
     return tables
 
 

@@ -38,6 +38,7 @@ def command(params: "Params", pairs: Path, model: Path, out: Path, metrics: Path
         metrics=metrics,
         params=params.score,
         trainer_dtype=params.train.dtype,
+        drift_tolerance=params.train.drift_tolerance,
         trust_remote_code=params.model.trust_remote_code,
     )
     click.echo(_line(summary))

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from cache import logps_table, prompt_key, publish_reference, response_key
+from cache import logps_table, open_reference, prompt_key, publish_reference, response_key
 from pipeline.prepared_data import PAIRS_SCHEMA, RESPONSES_SCHEMA, SFT_SCHEMA, read_responses, write_table
 from pipeline.weights import reference_identity
 
@@ -140,3 +140,17 @@ def write_reference_cache(out: Path, pairs: Path, model: Path, *, drift: float =
     publish_reference(out, rows, reference_identity(model, dtype="float32", quantization=None))
     (out / "drift.json").write_text(json.dumps({"trainer_dtype": dtype, "per_sequence": {"p99": drift}}))
     return out
+
+
+def shift_row(folder: Path, key: bytes, nats: float) -> None:
+    """Publish the reference cache in `folder` anew with the first token of one row less likely by `nats`."""
+    reference = open_reference(folder, expect=None)
+    rows = reference.scan().collect().to_dicts()
+    for row in rows:
+        if row["response_key"] == key:
+            row["token_logps"][0] -= nats
+    columns = {name: [row[name] for row in rows] for name in ("n_prompt_tokens", "token_ids", "token_logps")}
+    table = logps_table(
+        response_keys=[row["response_key"] for row in rows], prompt_keys=[row["prompt_key"] for row in rows], **columns
+    )
+    publish_reference(folder, table, reference.identity)

@@ -15,12 +15,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache import CacheIncomplete, CacheMismatch
+from cache import CacheIncomplete, CacheMismatch, open_reference
+from pipeline.batches import batch_indices
+from pipeline.drift import ensure_drift
 from pipeline.errors import RequestError, RunFailed
 from pipeline.params import Params, TrainParams
 from pipeline.preference_training import train_policy
+from pipeline.prepared_data import read_pairs, scan_responses
 from pipeline.sft import fine_tune
-from tests.tiny import TINY_MODEL, write_model, write_pairs, write_reference_cache, write_sft, write_tokenizer
+from tests.tiny import (
+    TINY_MODEL,
+    shift_row,
+    write_model,
+    write_pairs,
+    write_reference_cache,
+    write_sft,
+    write_tokenizer,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -64,6 +75,19 @@ def train(root: Path, out: Path, *, variant: str = "dpo", seed: int = 0, trainab
     return summary, read_history(out / "history.tsv")
 
 
+def measure_drift(root: Path, sample_size: int) -> dict:
+    return ensure_drift(
+        root / "logps",
+        root / "model",
+        responses=scan_responses(root / "pairs"),
+        pairs=read_pairs(root / "pairs"),
+        reference=open_reference(root / "logps", expect=None),
+        trainer_dtype="float32",
+        sample_size=sample_size,
+        trust_remote_code=False,
+    )
+
+
 def read_history(path: Path) -> list[dict[str, float]]:
     with path.open() as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file, delimiter="\t")]
@@ -84,6 +108,20 @@ def test_the_first_loss_from_the_references_own_weights_is_log_two(one_rank):
     _, history, _ = one_rank
     assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert abs(history[0]["rewards/margins"]) < 1e-4
+
+
+def test_a_row_that_is_off_by_a_nat_outside_the_drift_sample_stops_the_run_before_its_first_row_of_history(
+    phase_one, tmp_path
+):
+    shutil.copytree(phase_one, tmp_path / "other")
+    pairs = read_pairs(phase_one / "pairs", "train")
+    first = batch_indices(0, seed=0, n_examples=len(pairs), batch_size=8)
+    off = pairs.row(int(first[5]), named=True)
+    shift_row(tmp_path / "other/logps", off["rejected_key"], 1.0)
+    with pytest.raises(RunFailed, match=f"1 nats in the rejected response of {off['source']}, .*--drift --repair"):
+        train(tmp_path / "other", tmp_path)
+    assert not (tmp_path / "policy").exists()
+    assert not any(len(file.read_text()) for file in tmp_path.glob("work/training/*/history.tsv"))
 
 
 def test_training_moves_margins_and_saves_a_whole_model_with_tokenizer(one_rank, phase_one):
@@ -234,10 +272,22 @@ class TestRefusals:
     def test_too_much_drift_or_drift_of_another_dtype(self, phase_one, tmp_path):
         shutil.copytree(phase_one, tmp_path / "other")
         (tmp_path / "other/logps/drift.json").write_text('{"trainer_dtype": "float32", "per_sequence": {"p99": 0.3}}')
-        with pytest.raises(RequestError, match=r"0\.3 nats.*drift_tolerance allows 0\.25"):
+        with pytest.raises(RequestError, match=r"0\.3 nats.*drift_tolerance allows 0\.25.*logps --drift --repair"):
             train(tmp_path / "other", tmp_path)
         with pytest.raises(RequestError, match="measured against a trainer in float32"):
             train(phase_one, tmp_path, dtype="bfloat16")
+
+    def test_drift_that_was_measured_names_how_many_sampled_rows_are_off(self, phase_one, tmp_path):
+        shutil.copytree(phase_one, tmp_path / "other")
+        logps = tmp_path / "other/logps"
+        sampled = [row["response_key"] for row in measure_drift(tmp_path / "other", 8)["sequences"]]
+        for key in sampled[:2]:
+            shift_row(logps, bytes.fromhex(key), 1.0)
+        with pytest.raises(RequestError, match="measured on other values"):
+            train(tmp_path / "other", tmp_path)
+        measure_drift(tmp_path / "other", 8)
+        with pytest.raises(RequestError, match=r"allows 0\.25, 2 of 8 sampled rows above it"):
+            train(tmp_path / "other", tmp_path)
 
     def test_an_unknown_variant(self, phase_one, tmp_path):
         with pytest.raises(RequestError, match=r"'ipo' is not in train\.variants"):

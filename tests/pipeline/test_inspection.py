@@ -81,8 +81,14 @@ def test_the_result_is_json_and_carries_the_drift(folder):
     assert inspect_reference(folder, tokenizer=None, extremes=1)["drift"] is None
     (folder / "drift.json").write_text('{"per_token": {"max": 1e-5}}')
     found = inspect_reference(folder, tokenizer=None, extremes=1)
-    assert found["drift"] == {"per_token": {"max": 1e-5}}
+    assert found["drift"] == {"per_token": {"max": 1e-5}, "worst": []}
     assert json.loads(json.dumps(found)) == found
+
+
+def test_of_the_sampled_rows_only_those_that_drift_most_are_shown(folder):
+    rows = [{"response_key": f"{n:032x}", "n_tokens": 3, "drift": 1.0 / n} for n in range(1, 9)]
+    (folder / "drift.json").write_text(json.dumps({"flagged": 2, "sequences": rows}))
+    assert inspect_reference(folder, tokenizer=None, extremes=2)["drift"] == {"flagged": 2, "worst": rows[:2]}
 
 
 def test_an_empty_cache_has_no_distributions(tmp_path):

@@ -135,6 +135,7 @@ def test_page_tells_what_ran(made):
     assert "96 rows 1,411 tokens, 12.8 s, 1,321 tokens/s" in words
     assert "Reused from before 1,824 rows" in words
     assert "7.9 × 10⁻⁶ nats 99th percentile" in words
+    assert "Flagged rows 1 of 64 sampled above 0.2500 nats" in words and "Rescored rows 1,207" in words
     assert "3f2a9c0d51b84e7790aa23c4d1e6f708" in words
     assert "71.0 ± 1.4 %" in words  # reward accuracy of dpo over two seeds
     assert "Degraded chosen responses" in words

@@ -9,6 +9,7 @@ import pytest
 
 from cache import open_reference, prompt_key, response_key, verify
 from pipeline import scoring, supervision
+from pipeline.drift import summary as drift_summary
 from pipeline.engine_process import EngineProcess
 from pipeline.errors import RequestError
 from pipeline.weights import reference_identity
@@ -80,14 +81,18 @@ def test_the_cache_holds_transformers_numbers_for_every_response(finished):
 @pytest.mark.slow
 def test_metrics_and_drift_describe_the_run(finished):
     assert json.loads(finished.metrics.read_text()) == finished.summary
-    assert json.loads((finished.out / "drift.json").read_text()) == finished.summary["drift"]
+    stored = json.loads((finished.out / "drift.json").read_text())
+    assert drift_summary(stored) == finished.summary["drift"]
+    assert [row["drift"] for row in stored["sequences"]] == sorted(
+        (r["drift"] for r in stored["sequences"]), reverse=True
+    )
     tokens = sum(len(prompt) + len(response) for prompt, response in finished.rows)
     assert finished.summary["tokens_scored"] == tokens and finished.summary["tokens_per_second"] > 0
     assert finished.summary["response_tokens"] == sum(len(response) for _, response in finished.rows)
     drift = finished.summary["drift"]
     assert drift["trainer_dtype"] == "float32" and drift["responses"] == 8
     assert 0 <= drift["per_token"]["p99"] <= drift["per_token"]["max"] < 1e-4
-    assert drift["typical_margin"] > 1
+    assert drift["typical_margin"] > 1 and drift["flagged"] == 0 and drift["rescored"]["rows"] == 0
 
 
 @pytest.mark.slow

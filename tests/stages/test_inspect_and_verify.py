@@ -34,6 +34,16 @@ def test_inspect_json_is_one_object(folder):
     assert json.loads(result.stdout)["rows"] == 30
 
 
+def test_inspect_shows_how_many_rows_were_flagged_and_how_many_rescored(folder):
+    worst = [{"response_key": "0a" * 16, "n_tokens": 7, "drift": 0.75}]
+    drift = {"responses": 64, "tolerance": 0.25, "flagged": 3, "rescored": {"rows": 12, "keys": "9b1c"}}
+    (folder / "drift.json").write_text(json.dumps(drift | {"sequences": worst}))
+    output = run("inspect", folder).output
+    assert "3 of 64 sampled rows above 0.25 nats (train.drift_tolerance)" in output
+    assert "12 rows, with transformers in float32; digest of their keys 9b1c" in output
+    assert f"{'0a' * 16}  7         0.75" in output
+
+
 def test_decoded_text_cannot_act_on_the_terminal(folder, tmp_path):
     from tokenizers import Tokenizer, models
 
