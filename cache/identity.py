@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from cache.errors import CacheCorrupt, CacheMismatch
+from cache.durable import write_durably
+from cache.errors import CacheCorrupt, CacheError, CacheMismatch, system_errors
 
 SHOWN = 12  # characters of a digest in a message
+IDENTITY = "identity.json"  # beside a journal: what its reference_id stands for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,8 @@ def require_identity(path: Path, found: ReferenceIdentity, expected: ReferenceId
     if not differences:
         return
     lines = [
-        f"  {name}: found {_short(mine)}, expected {_short(theirs)}" for name, (mine, theirs) in differences.items()
+        f"  {name}: found {short_digest(mine)}, expected {short_digest(theirs)}"
+        for name, (mine, theirs) in differences.items()
     ]
     raise CacheMismatch(
         f"{path} holds the log-probs of another reference:\n" + "\n".join(lines) + "\n"
@@ -79,7 +82,25 @@ def require_identity(path: Path, found: ReferenceIdentity, expected: ReferenceId
     )
 
 
-def _short(value: str | None) -> str:
+def record_identity(folder: Path, identity: ReferenceIdentity) -> None:
+    """Write identity.json into a journal's folder, unless it is there: a digest alone could not be explained later."""
+    path = folder / IDENTITY
+    if not path.exists():
+        content = json.dumps(identity.to_dict(), indent=2, sort_keys=True, ensure_ascii=True) + "\n"
+        with system_errors(f"write {path}", kept="The journal is intact."):
+            write_durably(path, content.encode())
+
+
+def recorded_identity(folder: Path) -> ReferenceIdentity | None:
+    """What `record_identity` wrote; None where that is absent or can't be read, since it only serves explanations."""
+    try:
+        return ReferenceIdentity.from_dict(json.loads((folder / IDENTITY).read_bytes()))
+    except (OSError, ValueError, TypeError, CacheError):
+        return None
+
+
+def short_digest(value: str | None) -> str:
+    """A field's value for people: the beginning of a digest, or "none"."""
     if value is None:
         return "none"
     is_digest = len(value) > SHOWN and all(c in "0123456789abcdef" for c in value)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from cache.errors import CacheLocked
 
+LOCKS = Path("/proc/locks")  # every lock that the kernel knows, with its holder's pid
+
 
 def acquire(path: Path) -> int:
     """Lock the file `path` for this process and return the descriptor that holds the lock.
@@ -37,6 +39,24 @@ def release(descriptor: int) -> None:
     if descriptor in _held:
         _held.discard(descriptor)
         os.close(descriptor)
+
+
+def holder_of(descriptor: int) -> str:
+    """Who holds the lock that this descriptor could not get: "pid N on host H" as far as the system says.
+
+    For a lock on a folder, where the holder cannot leave its name in the file.
+    """
+    try:
+        lines = LOCKS.read_text().splitlines()
+    except OSError:  # not Linux
+        return "another process"
+    status = os.fstat(descriptor)
+    file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    # "1: FLOCK  ADVISORY  WRITE 4711 fe:00:260072 0 EOF"; those that wait have "->" before FLOCK.
+    fields = (line.split() for line in lines)
+    pids = [found[4] for found in fields if len(found) > 5 and found[1] == "FLOCK" and found[5] == file]
+    # 0 or less: a process in another container.
+    return f"pid {pids[0]} on host {socket.gethostname()}" if pids and int(pids[0]) > 0 else "another process"
 
 
 _held: set[int] = set()

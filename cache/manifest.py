@@ -84,8 +84,8 @@ def read_manifest(folder: Path) -> Manifest:
 def remedy(folder: Path) -> str:
     """What to run when files of a published reference cache are damaged or gone."""
     return (
-        f"Restore the folder with `dvc checkout {folder}`, or run `dvc repro -f score` to publish it again; "
-        "rows in the journal are not scored twice."
+        f"Restore the folder with `dvc checkout {folder}`, or run `refcache verify {folder} --repair` (or "
+        "`dvc repro -f score`): only the rows of damaged shards that the journal lacks are scored again."
     )
 
 

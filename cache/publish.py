@@ -19,6 +19,7 @@ import pyarrow as pa
 from cache.durable import PARTIAL, sync_folder, write_durably
 from cache.errors import CacheLocked, system_errors
 from cache.identity import ReferenceIdentity
+from cache.lock import holder_of
 from cache.manifest import EXCHANGE, MANIFEST, SHARD_NAME, Manifest, Shard, file_digest, make_manifest, manifest_bytes
 from cache.schema import LOGPS, Kind, conform
 from cache.shards import partitions, write_shard
@@ -90,7 +91,8 @@ def _sole_publisher(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CacheLocked(
-                f"Another process is publishing to {folder}. Wait for it, or end it, and run again."
+                f"{folder} is being published by {holder_of(descriptor)}. Wait for it, or end that process (a killed "
+                "`dvc` can leave its stage running), and run again."
             ) from None
         except OSError:
             pass  # some network file systems cannot lock a folder; the journal's lock still stands

@@ -1,8 +1,10 @@
 """Reading a published reference cache: whole, of the expected reference, and covering every key asked for."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,14 @@ import pyarrow.parquet as pq
 
 from cache.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMismatch, system_errors
 from cache.identity import ReferenceIdentity, require_identity
-from cache.manifest import EXCHANGE, Manifest, Shard, read_manifest, remedy
+from cache.manifest import EXCHANGE, Manifest, Shard, file_digest, read_manifest, remedy
 from cache.schema import KEY_COLUMN, LOGPS, LOGPS_SCHEMA
-from cache.shards import read_shard_metadata
+from cache.shards import read_shard_metadata, require_known_version
 
 Keys = Sequence[bytes] | pl.Series
 SHOWN_KEYS = 3
-ATTEMPTS = 5  # to find the folder between two publications
+HASHING_THREADS = 8
+ATTEMPTS = 20  # to find the folder between two publications
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Reference:
     path: Path
     manifest: Manifest
     identity: ReferenceIdentity
+    intact: set[str] = field(default_factory=set, repr=False, compare=False)  # shards whose bytes were checked
 
     @property
     def n_rows(self) -> int:
@@ -40,7 +44,12 @@ class Reference:
         return self.manifest.n_tokens
 
     def scan(self) -> pl.LazyFrame:
-        """All rows, lazily: the columns of LOGPS_SCHEMA, sorted by response_key."""
+        """All rows, lazily: the columns of LOGPS_SCHEMA, sorted by response_key.
+
+        The first call hashes every shard, since polars would read some flipped bytes as other log-probs. Raises
+        CacheCorrupt naming the shard, CacheError where another publication has replaced it.
+        """
+        self._require_intact()
         if not self.manifest.shards:
             return pl.DataFrame(LOGPS_SCHEMA.empty_table()).lazy()
         return pl.scan_parquet([self.path / shard.file for shard in self.manifest.shards], glob=False)
@@ -73,11 +82,33 @@ class Reference:
         """log pi_ref(response given prompt) in nats, (len(keys),) float64, in the order asked; raises as `rows`."""
         return self.rows(keys, ["sum_logp"])["sum_logp"].to_numpy()
 
+    def _require_intact(self) -> None:
+        """Hash the shards that were not hashed yet, and raise CacheCorrupt naming the first that is damaged.
+
+        Page checksums do not cover the headers of pages and the footer, nor does polars look at them.
+        """
+        unread = [shard for shard in self.manifest.shards if shard.file not in self.intact]
+        with self._reading(), ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashlib releases the interpreter lock
+            digests = pool.map(lambda shard: file_digest(self.path / shard.file), unread)
+            for shard, digest in zip(unread, digests, strict=True):
+                if digest != shard.blake2b:
+                    raise CacheCorrupt(
+                        f"{self.path / shard.file} is damaged: its bytes hash to {digest[:12]}, expected "
+                        f"{shard.blake2b[:12]}. {remedy(self.path)}"
+                    )
+                self.intact.add(shard.file)
+
     def _collect(self, frame: pl.LazyFrame) -> pl.DataFrame:
-        try:
+        with self._reading():
             return frame.collect()
-        except (OSError, pl.exceptions.PolarsError) as error:
-            if read_manifest(self.path) != self.manifest:
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Tell a shard that a new publication removed from one that is damaged."""
+        try:
+            yield
+        except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
+            if self._was_replaced(error):
                 raise CacheError(
                     f"{self.path} was published anew while it was being read, and its old shards are gone. Run again."
                 ) from error
@@ -85,6 +116,13 @@ class Reference:
                 f"A shard of {self.path} cannot be read: {error}. `refcache verify {self.path}` names it. "
                 + remedy(self.path)
             ) from error
+
+    def _was_replaced(self, error: Exception) -> bool:
+        # A publisher may have come back to these very rows meanwhile; then the shard that was gone is there again.
+        is_back = isinstance(error, FileNotFoundError) and all(
+            (self.path / name).exists() for name in self.manifest.files
+        )
+        return is_back or read_manifest(self.path) != self.manifest
 
     def _incomplete(self, absent: list[bytes], asked: int) -> str:
         first = ", ".join(key.hex() for key in absent[:SHOWN_KEYS]) + (", ..." if len(absent) > SHOWN_KEYS else "")
@@ -102,8 +140,9 @@ def open_reference(path: Path | str, *, expect: ReferenceIdentity | None) -> Ref
     """Open the reference cache in folder `path` for reading; `expect=None` accepts whichever reference it holds.
 
     Checks the manifest, the identity, and that the folder holds exactly the listed shards, each of the listed size and
-    of the same reference. Bytes inside the shards are checked by `verify`. Raises CacheIncomplete (never published),
-    CacheMismatch (another reference, kind, or a newer format) or CacheCorrupt (missing, damaged or foreign files).
+    of the same reference; the bytes inside are checked when rows are first read. Raises CacheIncomplete (never
+    published), CacheMismatch (another reference, kind, or a newer format) or CacheCorrupt (missing, damaged or foreign
+    files).
     """
     folder = Path(path)
     for remaining in reversed(range(ATTEMPTS)):
@@ -130,7 +169,8 @@ def _open(folder: Path, expect: ReferenceIdentity | None) -> Reference:
     if strays:
         raise CacheCorrupt(
             f"{folder} holds {', '.join(strays)}, which {'is' if len(strays) == 1 else 'are'} not in its manifest; "
-            "whoever scans the folder would read foreign rows. Move such files away, or run `dvc repro -f score`."
+            "whoever scans the folder would read foreign rows. Move such files away, or run "
+            f"`refcache verify {folder} --repair`, which does."
         )
     return Reference(folder, manifest, identity)
 
@@ -154,8 +194,9 @@ def _require_shard(folder: Path, shard: Shard, manifest: Manifest) -> None:
         found = read_shard_metadata(pq.read_schema(path))
     except FileNotFoundError:
         raise CacheCorrupt(f"{path} is listed in the manifest but missing. {remedy(folder)}") from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: pyarrow decodes names in a damaged footer
         raise CacheCorrupt(f"{path} is no readable Parquet file: {error}. {remedy(folder)}") from error
+    require_known_version(path, found)
     if found.get("reference_id") != manifest.reference_id:
         raise CacheMismatch(
             f"{path} belongs to reference {found.get('reference_id', 'unknown')}, "

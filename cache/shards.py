@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.durable import partial_of, sync_file
+from cache.errors import CacheMismatch
 from cache.identity import identity_digest
 from cache.manifest import Shard, file_digest
 from cache.schema import FORMAT_VERSION, KEY_COLUMN, METADATA_KEY, ROW_GROUP_ROWS, Kind, conform, parquet_options
@@ -96,6 +97,16 @@ def read_shard_metadata(schema: pa.Schema) -> dict[str, Any]:
     except (KeyError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def require_known_version(path: Path, stated: dict[str, Any]) -> None:
+    """Raise CacheMismatch where a shard's own metadata says that a newer version wrote it."""
+    version = stated.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CacheMismatch(
+            f"{path} has format version {version}; this refcache reads up to {FORMAT_VERSION}. Upgrade refcache; "
+            "nothing was changed."
+        )
 
 
 def _sorted(rows: pa.Table) -> pa.Table:

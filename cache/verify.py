@@ -1,19 +1,23 @@
 """Reading every byte of a published reference cache and holding it against what it says about itself."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.errors import CacheCorrupt, CacheError, system_errors
+from cache.errors import CacheCorrupt, CacheError, CacheMismatch, system_errors
 from cache.manifest import EXCHANGE, MANIFEST, Manifest, Shard, file_digest, read_manifest, remedy
 from cache.schema import KEY_COLUMN, LOGPS
-from cache.shards import key_words, partition_bits, partition_numbers, read_shard_metadata
+from cache.shards import key_words, partition_bits, partition_numbers, read_shard_metadata, require_known_version
 
-COMPANIONS = {MANIFEST, "drift.json"}  # what may stand beside the shards
+DRIFT = "drift.json"
+COMPANIONS = {MANIFEST, DRIFT}  # what may stand beside the shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +48,7 @@ def _verify(folder: Path, on_sound: Callable[[Shard], None] | None) -> list[Find
         return [Finding(file=MANIFEST, problem=str(error), remedy=remedy(folder))]
     findings = list(_check_folder(folder, manifest))
     for shard in manifest.shards:
-        # After the first problem in a shard, the others follow from it.
-        problem = next(_check_shard(folder, shard, manifest), None)
+        problem = _problem(folder, shard, manifest)
         if problem is not None:
             findings.append(Finding(file=shard.file, problem=problem, remedy=remedy(folder)))
         elif on_sound is not None:
@@ -67,51 +70,88 @@ def _check_folder(folder: Path, manifest: Manifest) -> Iterator[Finding]:
             yield Finding(
                 file=name,
                 problem="not in the manifest",
-                remedy="Move it away; `dvc repro -f score` removes shards of earlier publications itself.",
+                remedy=f"Move it away, or run `refcache verify {folder} --repair`, which does.",
             )
     if manifest.kind != LOGPS.name:
         yield Finding(file=MANIFEST, problem=f"unknown kind {manifest.kind!r}", remedy="Upgrade refcache.")
+    if not is_json_object_or_absent(folder / DRIFT):
+        yield Finding(
+            file=DRIFT,
+            problem="is not a JSON object",
+            remedy=f"Run `refcache verify {folder} --repair`; the drift is measured again.",
+        )
 
 
-def _check_shard(folder: Path, shard: Shard, manifest: Manifest) -> Iterator[str]:
+def is_json_object_or_absent(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        return False
+
+
+def _problem(folder: Path, shard: Shard, manifest: Manifest) -> str | None:
     path = folder / shard.file
     if not path.is_file():
-        yield "listed in the manifest but missing"
-        return
+        return "listed in the manifest but missing"
     size = path.stat().st_size
     if size != shard.bytes:
-        yield f"has {size} bytes, expected {shard.bytes}"
-    elif (digest := file_digest(path)) != shard.blake2b:
-        yield f"its bytes hash to {digest[:12]}, expected {shard.blake2b[:12]}"
+        return f"has {size} bytes, expected {shard.bytes}"
+    if (digest := file_digest(path)) != shard.blake2b:
+        return f"its bytes hash to {digest[:12]}, expected {shard.blake2b[:12]}"
     try:
-        yield from _check_content(path, shard, manifest)
-    except (OSError, pa.ArrowException, ValueError) as error:
-        yield f"cannot be read: {error}"
+        content = read_content(path, manifest.reference_id)
+    except UnsoundShard as unsound:
+        return str(unsound)
+    if (content.rows, content.tokens) != (shard.rows, shard.tokens):
+        found, expected = f"{content.rows} rows and {content.tokens} tokens", f"{shard.rows} and {shard.tokens}"
+        return f"has {found}, expected {expected}"
+    if len(set(partition_numbers(content.ends, partition_bits(manifest.n_rows)).tolist())) > 1:
+        return "holds keys of more than one partition"
+    return None
 
 
-def _check_content(path: Path, shard: Shard, manifest: Manifest) -> Iterator[str]:
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        schema = file.schema_arrow
-        identity = read_shard_metadata(schema).get("reference_id")
-        if identity != manifest.reference_id:
-            yield f"belongs to reference {identity}, expected {manifest.reference_id}"
-        if not schema.remove_metadata().equals(LOGPS.schema):
-            yield f"has the columns {schema.names}, or their types, not those of kind {LOGPS.name}"
-            return
-        keys, tokens = [np.empty((0, 2), dtype=np.uint64)], 0
-        for group in range(file.num_row_groups):
-            rows = file.read_row_group(group)
-            try:
+class UnsoundShard(Exception):
+    """What is wrong inside a shard; the first thing found, since the others follow from it."""
+
+
+class ShardContent(NamedTuple):
+    """ends: its first and its last key as numbers, (2, 2), or (0, 2) for no rows."""
+
+    rows: int
+    tokens: int
+    ends: npt.NDArray[np.uint64]
+
+
+def read_content(path: Path, reference_id: str) -> ShardContent:
+    """Read all of a shard; raises UnsoundShard for another reference, other columns, refused values or wrong order.
+
+    Raises CacheMismatch for a shard that a newer version wrote.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            schema = file.schema_arrow
+            stated = read_shard_metadata(schema)
+            require_known_version(path, stated)
+            if stated.get("reference_id") != reference_id:
+                raise UnsoundShard(f"belongs to reference {stated.get('reference_id')}, expected {reference_id}")
+            if not schema.remove_metadata().equals(LOGPS.schema):
+                raise UnsoundShard(f"has the columns {schema.names}, or their types, not those of kind {LOGPS.name}")
+            keys, tokens = [np.empty((0, 2), dtype=np.uint64)], 0
+            for group in range(file.num_row_groups):
+                rows = file.read_row_group(group)
                 LOGPS.check(rows)
-            except CacheError as error:
-                yield str(error)
-            keys.append(key_words(rows[KEY_COLUMN]))
-            tokens += int(rows["n_tokens"].to_numpy().sum(dtype=np.int64))
+                keys.append(key_words(rows[KEY_COLUMN]))
+                tokens += int(rows["n_tokens"].to_numpy().sum(dtype=np.int64))
+    except CacheMismatch:  # a newer version's: not damage
+        raise
+    except CacheError as error:  # of the check of values
+        raise UnsoundShard(str(error)) from error
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise UnsoundShard(f"cannot be read: {error}") from error
     words = np.concatenate(keys)
-    if (len(words), tokens) != (shard.rows, shard.tokens):
-        yield f"has {len(words)} rows and {tokens} tokens, expected {shard.rows} and {shard.tokens}"
     high, low = words[:, 0], words[:, 1]
     if not ((high[1:] > high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] > low[:-1]))).all():
-        yield "its rows are not sorted by response_key, or repeat one"
-    if len(set(partition_numbers(words, partition_bits(manifest.n_rows)).tolist())) > 1:
-        yield "holds keys of more than one partition"
+        raise UnsoundShard("its rows are not sorted by response_key, or repeat one")
+    return ShardContent(len(words), tokens, words[[0, -1]] if len(words) else words)

@@ -23,6 +23,8 @@ def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> nn
         )
     except (OSError, ValueError) as error:
         raise RequestError(f"model.name {params.name!r} can't be loaded: {error}") from None
+    if params.adapter is not None:
+        model = _merge_adapter(model, params)
     size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
         raise RequestError(
@@ -30,6 +32,18 @@ def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> nn
             "Some token ids would have no embedding; use a model and tokenizer that belong together."
         )
     return model
+
+
+def _merge_adapter(model: nn.Module, params: ModelParams) -> nn.Module:
+    """Plain weights with the adapter added: what is scored, trained from and digested is then one and the same."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, params.adapter).merge_and_unload(safe_merge=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:  # absent, malformed, of other shapes, not finite
+        raise RequestError(
+            f"model.adapter {params.adapter!r} can't be merged into model.name {params.name!r}: {error}"
+        ) from None
 
 
 def disable_dropout(model: nn.Module) -> nn.Module:

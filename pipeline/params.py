@@ -33,10 +33,11 @@ class ScratchModel(Section):
 
 
 class ModelParams(Section):
-    """Either `name` (hub id or local folder) or `scratch`."""
+    """Either `name` (hub id or local folder) or `scratch`; `adapter`: a LoRA of `name` to merge into it."""
 
     name: str | None = None
     revision: str | None = None
+    adapter: str | None = None  # peft adapter, local folder or hub id; the reference is the merged model
     trust_remote_code: bool = False
     scratch: ScratchModel | None = None
 
@@ -44,6 +45,8 @@ class ModelParams(Section):
     def one_origin(self) -> Self:
         if (self.name is None) == (self.scratch is None):
             raise ValueError("give either model.name (hub id or local folder) or model.scratch, and null for the other")
+        if self.adapter is not None and self.name is None:
+            raise ValueError("model.adapter belongs to model.name; a model from scratch has none")
         return self
 
 

@@ -9,33 +9,29 @@ import pyarrow as pa
 
 from cache import (
     LOGPS_SCHEMA,
-    CacheCorrupt,
-    CacheError,
     Journal,
     Reference,
     ReferenceIdentity,
-    open_reference,
     publish_reference,
-    verify,
 )
+from cache.repair import listed_shards, sound_part
 
 
 def sound_reference(out: Path, identity: ReferenceIdentity) -> Reference | None:
-    """What is published at `out`, if it is of this very reference and whole."""
-    try:
-        found = open_reference(out, expect=identity)
-    except CacheCorrupt as error:
-        problem = str(error)
-    except CacheError:
-        return None  # nothing there, or another reference's: it will be replaced
-    else:
-        damage = verify(out)
-        if not damage:
-            return found
-        problem = str(damage[0])
-    # Its rows would be published anew under fresh checksums, and nobody could tell the damaged ones any more.
-    print(f"{problem}\nNone of its rows are reused; those that the journal lacks are scored again.", file=sys.stderr)
-    return None
+    """What is published at `out`, as far as it is sound and of this very reference; None where nothing is.
+
+    Rows of a damaged shard would be published anew under a fresh checksum, and nobody could tell them any more.
+    """
+    sound = sound_part(out, identity)
+    listed = listed_shards(out, identity)
+    lost = sorted(listed - sound.manifest.files if sound else listed)
+    if lost:
+        print(
+            f"{len(lost)} of the {len(listed)} shards of {out} are damaged or missing ({', '.join(lost[:3])}"
+            f"{', ...' if len(lost) > 3 else ''}). Those of their rows that the journal lacks are scored again.",
+            file=sys.stderr,
+        )
+    return sound
 
 
 def publish_needed(

@@ -12,6 +12,7 @@ import polars as pl
 import pyarrow as pa
 
 from cache import Journal, ReferenceIdentity, logps_table, open_reference
+from cache.identity import record_identity
 from pipeline import drift
 from pipeline.engine_probe import make_probe
 from pipeline.engine_process import orderly_termination
@@ -87,6 +88,7 @@ def score_responses(
         Journal(journal_folder() / identity.reference_id) as journal,
         Journal(rescored_folder(identity.reference_id)) as rescored,
     ):
+        record_identity(journal.path.parent, identity)
         recorded = recorded_rows(out, identity.reference_id) & needed - rescored.keys()
         journalled = journal.keys() | rescored.keys()
         published = sound_reference(out, identity) if recorded or needed - journalled else None

@@ -31,8 +31,14 @@ def reference_identity(folder: Path, *, dtype: str, quantization: str | None) ->
     """The identity of what vLLM computes from the model in `folder` with this dtype and quantization.
 
     Reads every weight once (about 1 GB/s a core) and imports neither torch nor vllm. Raises RequestError for a folder
-    that is no safetensors model, RequestError where vLLM isn't installed.
+    that is no safetensors model or holds an adapter, and where vLLM isn't installed.
     """
+    if (folder / "adapter_config.json").exists():
+        raise RequestError(
+            f"{folder} holds a peft adapter, which is no model by itself: engines apply it differently, or not at all. "
+            "Set model.name to its base model and model.adapter to this folder, and run `dvc repro sft`, which merges "
+            "them into one model."
+        )
     return ReferenceIdentity(
         weights=weights_digest(folder),
         config=config_digest(folder),

@@ -23,6 +23,16 @@ def rescored_folder(reference_id: str) -> Path:
     return journal_folder() / reference_id / "rescored"
 
 
+def damaged_folder() -> Path:
+    """Files that `verify --repair` moved aside, in folders REFERENCE_ID-N."""
+    return workspace() / "damaged"
+
+
+def views_folder() -> Path:
+    """Copies of the reference cache for data loaders; each can be made again."""
+    return workspace() / "views"
+
+
 def log_file(name: str) -> Path:
     """The log of one engine, .refcache/logs/NAME.log; its folder exists on return."""
     folder = workspace() / "logs"

@@ -15,7 +15,9 @@ COMMANDS = {
     "evaluate": "Compare one policy with the reference on held-out pairs.",
     "report": "Collect all variants into tables, curves and one HTML page.",
     "inspect": "Show what a reference cache holds.",
-    "verify": "Check a reference cache for damage.",
+    "verify": "Check a reference cache for damage, and repair it.",
+    "why-miss": "Say which rows `score` would compute, and why.",
+    "gc": "Drop journalled rows that no current pair uses.",
 }
 
 
@@ -26,7 +28,7 @@ class StageGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = importlib.import_module(f"stages.{cmd_name}").command
+        command = importlib.import_module(f"stages.{cmd_name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
         return command
 

@@ -13,20 +13,15 @@ def path_option(name: str, text: str) -> Callable[[Callable[..., Any]], Callable
     return click.option(name, type=click.Path(path_type=Path), required=True, help=text)
 
 
+def default_path_option(name: str, default: str, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A path with the place where the pipeline puts it as default, for commands that people type."""
+    return click.option(name, type=click.Path(path_type=Path), default=Path(default), show_default=True, help=text)
+
+
 def params_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --params and --set, and call `function` with the validated file as `params`."""
 
-    @click.option(
-        "--params",
-        "params_file",
-        type=click.Path(path_type=Path),
-        default=Path("params.yaml"),
-        show_default=True,
-        help="Hyper-parameters.",
-    )
-    @click.option(
-        "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value; repeatable."
-    )
+    @params_file_options
     @wraps(function)
     def with_params(*, params_file: Path, overrides: tuple[str, ...], **options: Any) -> Any:
         from stages.params_file import load_params
@@ -34,3 +29,19 @@ def params_options(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(params=load_params(params_file, overrides), **options)
 
     return with_params
+
+
+def params_file_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --params and --set as `params_file` and `overrides`, for commands that need parameters only sometimes."""
+    file = click.option(
+        "--params",
+        "params_file",
+        type=click.Path(path_type=Path),
+        default=Path("params.yaml"),
+        show_default=True,
+        help="Hyper-parameters.",
+    )
+    overrides = click.option(
+        "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value; repeatable."
+    )
+    return file(overrides(function))

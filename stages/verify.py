@@ -1,34 +1,126 @@
-"""`refcache verify`: read every byte of a reference cache and say what is wrong with it."""
+"""`refcache verify`: read every byte of a reference cache and say what is wrong with it; on request, mend it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from stages.options import default_path_option, params_file_options
 
 if TYPE_CHECKING:
     from cache.manifest import Shard
 
+SHOWN_ROWS = 20  # flagged rows that are listed; pipeline.drift_check returns more
+
 
 @click.command(name="verify")
 @click.argument("path", type=click.Path(path_type=Path))
-def command(path: Path) -> None:
-    """Check the reference cache in folder PATH for damaged, missing and foreign files; nothing is changed.
+@click.option("--repair", is_flag=True, help="Move what is damaged to .refcache/damaged and score only its rows again.")
+@click.option("--drift", is_flag=True, help="Compare with transformers' own forward; with --repair, rescore by it.")
+@click.option("--sample", type=click.IntRange(min=1), help="Responses that --drift forwards.  [default: all]")
+@default_path_option("--pairs", "data/prepared/pairs", "For --repair and --drift: pairs and responses from prepare.")
+@default_path_option("--model", "models/reference", "For --repair and --drift: the reference.")
+@default_path_option("--metrics", "results/score/metrics.json", "For --repair: score's metrics, written anew.")
+@params_file_options
+def command(
+    path: Path,
+    repair: bool,
+    drift: bool,
+    sample: int | None,
+    pairs: Path,
+    model: Path,
+    metrics: Path,
+    params_file: Path,
+    overrides: tuple[str, ...],
+) -> None:
+    """Check the reference cache in folder PATH for damaged, missing and foreign files.
 
-    Exits with 1 when something is wrong, after a line for each finding and its remedy.
+    Exits with 1 when something is wrong, after a line for each finding and its remedy. Without --repair nothing is
+    changed. Damaged files are never deleted: --repair moves them, and reuses the rows of sound shards and the journal.
 
     \b
     Example:
       refcache verify data/reference/logps
+      refcache verify data/reference/logps --repair
+      refcache verify data/reference/logps --drift --sample 200
     """
+    if not repair and not drift:
+        _verify(path)
+        return
+    from stages.params_file import load_params
+
+    params = load_params(params_file, overrides)
+    options: dict[str, Any] = {
+        "pairs": pairs,
+        "model": model,
+        "trainer_dtype": params.train.dtype,
+        "trust_remote_code": params.model.trust_remote_code,
+    }
+    if repair:
+        _repair(path, metrics=metrics, params=params.score, drift_tolerance=params.train.drift_tolerance, **options)
+    else:
+        _verify(path)
+    if drift:
+        _check_drift(path, sample=sample, tolerance=params.train.drift_tolerance, rescore=repair, **options)
+
+
+def _verify(path: Path) -> None:
     from cache import CacheCorrupt, verify
 
     findings = verify(path, on_sound=_report)
     for finding in findings:
         click.echo(f"{finding.file}: {finding.problem}\n  {finding.remedy}")
     if findings:
-        raise CacheCorrupt(f"{path}: {len(findings)} finding{'s' if len(findings) > 1 else ''}, listed above.")
+        raise CacheCorrupt(f"{path}: {_count(len(findings), 'finding')}, listed above.")
     click.echo(f"{path}: sound")
 
 
 def _report(shard: "Shard") -> None:
     click.echo(f"{shard.file}: sound, {shard.rows} rows, {shard.tokens} tokens, {shard.bytes} bytes")
+
+
+def _repair(path: Path, **options: Any) -> None:
+    from pipeline.repair import repair_reference
+
+    done = repair_reference(path, **options)
+    for finding in done.findings:
+        click.echo(f"{finding.file}: {finding.problem}")
+    if done.summary is not None:
+        scored, reused = done.summary["rows_scored"], done.summary["rows_reused"]
+        click.echo(f"moved {_count(len(done.moved), 'file')} to {done.aside}; nothing was deleted")
+        click.echo(f"{scored:,} rows scored again, {reused:,} reused")
+    click.echo(f"{path}: sound")
+
+
+def _check_drift(path: Path, *, tolerance: float, rescore: bool, **options: Any) -> None:
+    from pipeline.drift_check import check_reference_drift
+
+    found = check_reference_drift(path, tolerance=tolerance, rescore=rescore, **options)
+    spread = found["per_sequence"]
+    click.echo(
+        f"drift over {found['responses']:,} responses: {spread['max']:.3g} nats a sequence at most, p99 "
+        f"{spread['p99']:.3g} (typical margin {found['typical_margin']:.3g})"
+    )
+    for row in found["flagged"][:SHOWN_ROWS]:
+        where = f" ({', '.join(row['sources'])})" if row["sources"] else ""
+        click.echo(f"  {row['response_key']}: {row['drift']:.3g} nats over {row['n_tokens']} tokens{where}")
+    above = f"{_count(found['flagged_rows'], 'row')} above {tolerance:g} nats"
+    if found["rescored"] is not None:
+        done = found["rescored"]
+        click.echo(
+            f"{above}; {done['rows']:,} scored anew with transformers in float32, {done['kept']:,} were before, "
+            f"{done['still_flagged']:,} stay above, which is the trainer's own rounding"
+        )
+    elif found["flagged_rows"]:
+        from pipeline.errors import RunFailed
+
+        raise RunFailed(
+            f"{path}: {above} (train.drift_tolerance). Run `refcache verify {path} --drift --repair` to score them "
+            "anew with transformers in float32, or score in float32."
+        )
+    else:
+        click.echo(above)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cache import Journal, publish_reference
+from cache.garbage import compact_journal
 from tests.cache.rows import identity, make_rows
 
 # Children fork from a server that has loaded pyarrow (and pandas, which pyarrow imports for its first array) and runs
@@ -90,6 +91,17 @@ def publish_under_a_file_size_limit(folder: Path, stop: int, limit: int, outcome
 
 def publish_dying_before_change(folder: Path, number: int, start: int, stop: int) -> None:
     """Publish, but die without any clean-up just before change number `number` to the folder's entries."""
+    die_before_change(number)
+    publish(folder, start, stop, weights="c3" * 32)
+
+
+def compact_dying_before_change(folder: Path, needed: set[bytes], number: int) -> None:
+    die_before_change(number)
+    compact_journal(folder, needed)
+
+
+def die_before_change(number: int) -> None:
+    """From now on, count replacements, deletions and flushes, and die just before number `number`."""
     remaining = number
 
     def dying(change: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,7 +115,6 @@ def publish_dying_before_change(folder: Path, number: int, start: int, stop: int
         return counted
 
     os.replace, os.unlink, os.fsync = dying(os.replace), dying(os.unlink), dying(os.fsync)
-    publish(folder, start, stop, weights="c3" * 32)
 
 
 def publish_alternately(folder: Path, rounds: int) -> None:
@@ -111,3 +122,29 @@ def publish_alternately(folder: Path, rounds: int) -> None:
     for _ in range(rounds):
         publish_reference(folder, small, identity())
         publish_reference(folder, large, identity())
+
+
+def run_as(user: int, target: Callable[..., None], arguments: tuple[Any, ...], outcome: Connection) -> None:
+    """Run `target` as another user; report the kind and message of its error, or None."""
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+    try:
+        target(*arguments)
+    except Exception as error:
+        outcome.send((type(error).__name__, str(error)))
+    else:
+        outcome.send(None)
+
+
+def append(folder: Path) -> None:
+    with Journal(folder / "journal") as journal:
+        journal.append(make_rows(0, BATCH))
+
+
+def publish_some(folder: Path) -> None:
+    publish(folder / "logps", 0, 60)
+
+
+def compact(folder: Path) -> None:
+    compact_journal(folder / "journal", set())

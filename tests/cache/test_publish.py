@@ -213,7 +213,10 @@ def test_a_full_disk_leaves_what_was_published(tmp_path, limit):
 
 
 def test_a_second_publisher_is_refused(tmp_path):
-    with _sole_publisher(tmp_path), pytest.raises(CacheLocked, match="Another process is publishing"):
+    with (
+        _sole_publisher(tmp_path),
+        pytest.raises(CacheLocked, match=f"is being published by pid {os.getpid()} on host"),
+    ):
         publish_reference(tmp_path, make_rows(0, 5), identity())
 
 

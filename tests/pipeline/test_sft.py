@@ -67,3 +67,60 @@ def test_misspelt_scratch_models_are_named(tmp_path, scratch):
         initial_model(
             ModelParams.model_validate({"scratch": scratch}), load_tokenizer(write_tokenizer(tmp_path / "tokenizer"))
         )
+
+
+def write_adapter(folder, base, seed):
+    """A LoRA with random A and B on every attention projection of `base`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def test_an_adapter_becomes_part_of_the_reference_and_of_its_identity(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    start, ids = write_model(tmp_path / "start"), torch.tensor([[3, 9, 27, 17]])
+    identities = {reference_identity(start, dtype="float32", quantization=None)}
+    for seed in (1, 2):
+        adapted = write_adapter(tmp_path / f"adapter-{seed}", start, seed)
+        run(tmp_path, {"name": str(start), "adapter": str(tmp_path / f"adapter-{seed}")})
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "reference").eval()
+        with torch.inference_mode():
+            torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
+        assert not (tmp_path / "reference/adapter_config.json").exists()
+        identities.add(reference_identity(tmp_path / "reference", dtype="float32", quantization=None))
+    assert len({identity.weights for identity in identities}) == 3
+    assert len({identity.config for identity in identities}) == 1  # only the weights differ
+
+
+def test_an_adapter_alone_is_no_reference_and_the_message_says_how_to_make_one(tmp_path):
+    start = write_model(tmp_path / "start")
+    write_adapter(tmp_path / "adapter", start, 1)
+    with pytest.raises(RequestError, match=r"peft adapter.*model\.adapter.*dvc repro sft"):
+        reference_identity(tmp_path / "adapter", dtype="float32", quantization=None)
+
+
+@pytest.mark.parametrize("damage", ["absent", "of another model", "no adapter"])
+def test_an_adapter_that_cannot_be_merged_is_a_wrong_request_that_names_it(tmp_path, damage, monkeypatch):
+    start, adapter = write_model(tmp_path / "start"), tmp_path / "adapter"
+    if damage == "no adapter":
+        write_tokenizer(adapter)
+    elif damage == "of another model":
+        monkeypatch.setitem(TINY_MODEL, "hidden_size", 64)
+        write_adapter(adapter, write_model(tmp_path / "wide"), 1)
+        monkeypatch.undo()
+    with pytest.raises(RequestError, match=r"model\.adapter '.*adapter' can't be merged"):
+        run(tmp_path, {"name": str(start), "adapter": str(adapter)})
+
+
+def test_an_adapter_without_a_model_is_refused():
+    with pytest.raises(ValueError, match=r"model\.adapter belongs to model\.name"):
+        ModelParams.model_validate({"scratch": {}, "adapter": "some/adapter"})

@@ -86,3 +86,13 @@ def test_a_damaged_manifest_exits_1(folder, command):
     (folder / "manifest.json").write_text("{")
     result = run(command, folder)
     assert result.exit_code == 1
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "why-miss", "gc"])
+def test_help_shows_an_example(command):
+    help_text = run(command, "--help").output
+    assert f"Example:\n    refcache {command}" in help_text
+
+
+def test_repair_of_what_was_never_published_exits_2(folder):
+    assert run("verify", folder.parent, "--repair", "--model", folder).exit_code == 2

@@ -1,0 +1,60 @@
+"""`refcache gc`: give back the disk space of journalled rows that no current pair uses."""
+
+from pathlib import Path
+
+import click
+
+from stages.options import default_path_option
+
+
+@click.command(name="gc")
+@click.option(
+    "--pairs",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="Prepared pairs whose rows stay; repeatable, for data of other branches.",
+)
+@default_path_option("--reference", "data/reference/logps", "The published reference cache; only read.")
+@click.option("--other-references", is_flag=True, help="Also drop the journals of every other reference.")
+@click.option("--damaged", is_flag=True, help="Also drop what `verify --repair` moved aside.")
+@click.option("--views", is_flag=True, help="Also drop the data loaders' copies; they are made again.")
+@click.option("--dry-run", is_flag=True, help="Say what would go; change nothing.")
+def command(
+    pairs: tuple[Path, ...], reference: Path, other_references: bool, damaged: bool, views: bool, dry_run: bool
+) -> None:
+    """Drop journalled rows that no current pair uses, and no others. What is published is never touched.
+
+    Journals make killed runs resume and let data grow back without scoring. Journals of other references than the
+    published one stay whole unless --other-references is given. A journal that is being written is left alone.
+
+    \b
+    Example:
+      refcache gc --pairs data/prepared/pairs --dry-run
+      refcache gc --pairs data/prepared/pairs --pairs ../other-branch/data/prepared/pairs
+    """
+    from pipeline.garbage import collect_garbage
+
+    done = collect_garbage(
+        pairs=pairs,
+        reference=reference,
+        other_references=other_references,
+        damaged=damaged,
+        views=views,
+        dry_run=dry_run,
+    )
+    about = "would be about " if dry_run else ""
+    for journal in done.journals:
+        click.echo(
+            f"{journal.folder}: kept {journal.kept_rows:,} rows, {_size(journal.kept_bytes)}; "
+            f"dropped {about}{journal.dropped_rows:,} rows, {_size(journal.dropped_bytes)}"
+        )
+    for folder, size, dropped in done.folders:
+        word = ("would be dropped" if dry_run else "dropped") if dropped else "kept"
+        click.echo(f"{folder}: {word}, {_size(size)}")
+    if not done.journals and not done.folders:
+        click.echo("Nothing to collect: there is no journal.")
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
