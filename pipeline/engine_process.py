@@ -110,7 +110,7 @@ class EngineProcess:
         raise AssertionError("there is always a last candidate")
 
     def _check(self, probe: Probe, backend: str) -> None:
-        difference = probe.difference(self.score(probe.rows, lambda rows, tokens=0: None).logps)
+        difference = probe.difference(Scored(*self._ask(("score", (probe.rows,), {}), "failed its probe", None)).logps)
         if difference > probe.tolerance:
             self.kill()
             raise self._failure(

@@ -225,7 +225,7 @@ class ScoreParams(Section):
     cpu_kv_cache_gib: Positive = 1
     enforce_eager: bool = False  # true: no compilation, slower on long runs, faster to start
     rows_per_call: Positive = 256  # rows handed to the engine, then journalled, at a time
-    timeout_seconds: Positive = 1800  # without an answer from the engine
+    timeout_seconds: Positive = 1800  # without a sign of life from the engine; `score` then replaces it
     drift_sample: Positive = 64  # responses forwarded again by transformers in train.dtype
 
 

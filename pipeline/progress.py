@@ -11,7 +11,7 @@ PLAIN_INTERVAL = 30.0  # seconds between lines where there is no terminal
 
 class Advance(Protocol):
     def __call__(self, rows: int, tokens: int = 0, /) -> None:
-        """`rows` more rows are done, with `tokens` tokens in them."""
+        """`rows` more rows are done, with `tokens` tokens in them; negative where work was lost."""
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def progress_bar(title: str, rows: int, *, tokens: int = 0) -> Iterator[Advance]
 @contextmanager
 def activity(title: str) -> Iterator[None]:
     """Something without measure that takes seconds (an engine that starts); shown on a terminal only."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or _bars_drawn:  # a second live line would garble the bar
         yield
         return
     from rich.console import Console
@@ -61,7 +61,14 @@ def _bar(title: str, rows: int, tokens: int) -> Iterator[Advance]:
             state.add(more_rows, more_tokens)
             progress.update(task, completed=state.done, counts=state.counts())
 
-        yield advance
+        _bars_drawn.append(title)
+        try:
+            yield advance
+        finally:
+            _bars_drawn.remove(title)
+
+
+_bars_drawn: list[str] = []
 
 
 class _State:

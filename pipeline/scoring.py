@@ -2,8 +2,10 @@
 
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -12,7 +14,8 @@ import pyarrow as pa
 from cache import Journal, ReferenceIdentity, logps_table, open_reference
 from cache.identity import record_identity
 from pipeline import drift
-from pipeline.engine_process import EngineProcess, orderly_termination
+from pipeline.engine_probe import make_probe
+from pipeline.engine_process import orderly_termination
 from pipeline.errors import RequestError
 from pipeline.params import ScoreParams
 from pipeline.prepared_data import read_pairs, read_responses
@@ -21,24 +24,39 @@ from pipeline.publication import publish_needed, sound_reference
 from pipeline.rescored import adopt, recorded_rows
 from pipeline.scoring_plan import (
     ROW_COLUMNS,
+    BadRow,
+    bad_rows,
     calls,
-    check_rows,
     engine_length,
-    engine_rows,
     longest_row,
     model_limits,
+    row_tokens,
     scoring_order,
 )
+from pipeline.supervision import Quarantined, SupervisedEngine
+from pipeline.unscorable import announce, refuse
 from pipeline.weights import reference_identity
-from pipeline.workspace import journal_folder, log_file, rescored_folder
+from pipeline.workspace import journal_folder, rescored_folder
 
 
-class _Work(NamedTuple):
-    """What this run scored. tokens: of prompts and responses; seconds: without the engine's start."""
+@dataclass
+class _Work:
+    """What this run scored. tokens: of prompts and responses; seconds: with engines replaced, without the first start,
+    which is engine_start.
+
+    bad: rows that the model can't take; quarantined: rows that end engines.
+    """
 
     rows: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    engine_start: float = 0.0
+    rescored: int = 0
+    shared_tokens: int = 0
+    restarts: int = 0
+    backend: str | None = None
+    bad: Sequence[BadRow] = ()
+    quarantined: Sequence[Quarantined] = ()
 
 
 def score_responses(
@@ -55,9 +73,10 @@ def score_responses(
     """Make `out` hold the log-probs of exactly the responses in `pairs` under `model`; returns the metrics' content.
 
     Only rows that neither `out` nor the journals hold are scored; without any, no engine is started. trainer_dtype:
-    what `train` computes in, for the drift; drift_tolerance: see `drift.ensure_drift`. Raises RequestError before the
-    model loads if a row can't be scored, RunFailed if the engine dies (rows journalled until then are kept),
-    CacheLocked while another process scores.
+    what `train` computes in, for the drift; drift_tolerance: see `drift.ensure_drift`. Where rows can't be scored, all
+    others are scored and journalled, `out` stays as it was, and then RequestError (rows that the model can't take) or
+    RunFailed (rows that end engines) names them. RunFailed also where engines can't be kept alive, CacheLocked while
+    another process scores.
     """
     responses = read_responses(pairs)
     if responses.is_empty():
@@ -79,8 +98,11 @@ def score_responses(
             adopt(recorded, rescored, published)
         known = journalled | (published.keys() if published else set())
         missing = rows.filter(~pl.col("response_key").is_in(known)) if known else rows
-        work = _score_missing(missing, model, params, trust_remote_code, journal) if len(missing) else _Work()
+        work = _score_missing(missing, model, params, trust_remote_code, journal, pairs) if len(missing) else _Work()
+        refuse(work.bad, work.quarantined, pairs=pairs, out=out, total=len(responses), model=model)
+        published_from = time.perf_counter()
         publish_needed(out, needed, [rescored, journal, *([published] if published else [])], identity)
+        measured_from = time.perf_counter()
         measured = drift.ensure_drift(
             out,
             model,
@@ -93,24 +115,44 @@ def score_responses(
             tolerance=drift_tolerance,
             rescored=needed & rescored.keys(),
         )
-    return _write_metrics(metrics, responses, work, identity, measured)
+        ended = time.perf_counter()
+    parts = {"engine_start": work.engine_start, "scoring": work.seconds}
+    parts |= {"publication": measured_from - published_from, "drift": ended - measured_from}
+    return _write_metrics(metrics, responses, work, parts, identity, measured)
 
 
 def _score_missing(
-    missing: pl.DataFrame, model: Path, params: ScoreParams, trust_remote_code: bool, journal: Journal
+    missing: pl.DataFrame, model: Path, params: ScoreParams, trust_remote_code: bool, journal: Journal, pairs: Path
 ) -> _Work:
-    tokens = missing.select(pl.col("prompt_ids", "response_ids").list.len().sum()).sum_horizontal().item()
-    with EngineProcess(params, log=log_file("score")) as engine:
+    """Score and journal what can be scored; the rest is in the answer."""
+    began = time.perf_counter()
+    with SupervisedEngine(model, params, trust_remote_code=trust_remote_code) as engine:
         limits = model_limits(model, trust_remote_code=trust_remote_code)
-        check_rows(missing, limits, model)
+        if bad := bad_rows(missing, limits, model):
+            announce(bad, pairs)
+            missing = missing.filter(~pl.col("response_key").is_in([row.key for row in bad]))
+            if missing.is_empty():
+                return _Work(bad=bad)
         length = engine_length(longest_row(missing), limits, params, what="responses with their prompts")
-        engine.load(model, length, trust_remote_code=trust_remote_code)
+        probe = make_probe(
+            model,
+            vocabulary=limits.vocabulary,
+            longest=length.max_model_len - 1,
+            dtype=params.dtype,
+            quantization=params.quantization,
+            trust_remote_code=trust_remote_code,
+        )
+        backend = engine.load(length, probe)
+        work = _Work(len(missing), row_tokens(missing), backend=backend, bad=bad, quarantined=engine.quarantined)
         started = time.perf_counter()
-        with progress_bar("score", len(missing), tokens=tokens) as advance:
-            for call in calls(missing, params.rows_per_call):
-                inputs = engine_rows(call)
-                journal.append(scored_table(call, inputs, engine.score(inputs, advance).logps))
-        return _Work(len(missing), tokens, time.perf_counter() - started)
+        work.engine_start = started - began
+        with progress_bar("score", work.rows, tokens=work.tokens) as advance:
+            for call in engine.score(calls(missing, params.rows_per_call), advance):
+                journal.append(scored_table(call.rows, call.inputs, call.answer.logps))
+                work.rescored += call.answer.rescored
+                work.shared_tokens += call.answer.shared_tokens
+        work.seconds, work.restarts = time.perf_counter() - started, engine.restarts
+        return work
 
 
 def scored_table(call: pl.DataFrame, inputs: list[tuple[np.ndarray, np.ndarray]], logps: list[np.ndarray]) -> pa.Table:
@@ -125,7 +167,12 @@ def scored_table(call: pl.DataFrame, inputs: list[tuple[np.ndarray, np.ndarray]]
 
 
 def _write_metrics(
-    file: Path, responses: pl.DataFrame, work: _Work, identity: ReferenceIdentity, measured: dict[str, Any]
+    file: Path,
+    responses: pl.DataFrame,
+    work: _Work,
+    parts: dict[str, float],
+    identity: ReferenceIdentity,
+    measured: dict[str, Any],
 ) -> dict[str, Any]:
     per_second = 1 / work.seconds if work.seconds else 0.0
     content = {
@@ -135,8 +182,13 @@ def _write_metrics(
         "tokens_scored": work.tokens,
         "response_tokens": int(responses["response_ids"].list.len().sum()),
         "seconds": round(work.seconds, 3),
+        "seconds_by_part": {name: round(seconds, 3) for name, seconds in parts.items()},
         "rows_per_second": round(work.rows * per_second, 3),
         "tokens_per_second": round(work.tokens * per_second, 1),
+        "backend": work.backend,
+        "engine_restarts": work.restarts,
+        "rows_rescored": work.rescored,
+        "prompt_tokens_shared": work.shared_tokens,
         "reference_id": identity.reference_id,
         "identity": identity.to_dict(),
         "drift": drift.summary(measured),

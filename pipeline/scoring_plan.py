@@ -1,7 +1,7 @@
 """What goes to the engine, in which order, and whether the model can take it at all. No engine is imported here."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,46 +43,55 @@ def model_limits(folder: Path, *, trust_remote_code: bool = False) -> ModelLimit
     return ModelLimits(config.vocab_size, positions)
 
 
-def check_rows(rows: pl.DataFrame, limits: ModelLimits, model: Path) -> None:
-    """Raise RequestError, naming the first offending response, unless the model can take every row.
+class BadRow(NamedTuple):
+    """A response that can't be scored. problem continues "Response KEY ..."; remedy is a sentence."""
+
+    key: bytes
+    problem: str
+    remedy: str
+
+
+def bad_rows(rows: pl.DataFrame, limits: ModelLimits, model: Path) -> list[BadRow]:
+    """The rows that the model can't take, once each, in the order of what is wrong and of their keys.
 
     rows: ROW_COLUMNS. vLLM itself would lose a whole call over one row that is empty or too long, and hang on an id
     beyond the embeddings.
     """
+    found: dict[bytes, BadRow] = {}
+    for bad, value, problem, remedy in _rules(limits, model):
+        for key, number in rows.filter(bad).select("response_key", value).sort("response_key").iter_rows():
+            found.setdefault(key, BadRow(key, problem.replace("{}", str(number), 1), remedy))
+    return list(found.values())
+
+
+def check_rows(rows: pl.DataFrame, limits: ModelLimits, model: Path) -> None:
+    """Raise RequestError, naming the first offending response, unless the model can take every row; see bad_rows."""
+    if found := bad_rows(rows, limits, model):
+        more = f" {len(found) - 1} more rows can't be scored." if len(found) > 1 else ""
+        raise RequestError(f"Response {found[0].key.hex()} {found[0].problem}. {found[0].remedy}{more}")
+
+
+def _rules(limits: ModelLimits, model: Path) -> Iterator[tuple[pl.Expr, pl.Expr, str, str]]:
+    """(which rows are bad, a number to show for {}, problem, remedy)."""
     prompt, response = pl.col("prompt_ids"), pl.col("response_ids")
-    prompt_length, response_length = prompt.list.len(), response.list.len()
+    length = (prompt.list.len() + response.list.len()).alias("value")
     smallest = pl.min_horizontal(prompt.list.min(), response.list.min())
     largest = pl.max_horizontal(prompt.list.max(), response.list.max())
-    _refuse(
-        rows,
-        prompt_length == 0,
-        prompt_length,
-        lambda _: "has no prompt token; its own first token needs one before it. Run `dvc repro -f prepare`.",
-    )
-    _refuse(
-        rows,
-        response_length == 0,
-        response_length,
-        lambda _: "has no response token, so there is nothing to score. Run `dvc repro -f prepare`.",
-    )
-    _refuse(
-        rows,
+    prepare_again = "Run `dvc repro -f prepare`."
+    yield prompt.list.len() == 0, length, "has no prompt token, and its first token needs one before it", prepare_again
+    yield response.list.len() == 0, length, "has no response token, so there is nothing to score", prepare_again
+    yield (
         (smallest < 0) | (largest >= limits.vocabulary),
-        pl.when(smallest < 0).then(smallest).otherwise(largest),
-        lambda found: (
-            f"has token id {found}, but {model} has {limits.vocabulary} embeddings "
-            f"(ids 0 to {limits.vocabulary - 1}). It was tokenised for another model; run `dvc repro`."
-        ),
+        pl.when(smallest < 0).then(smallest).otherwise(largest).alias("value"),
+        f"has token id {{}}, but {model} has {limits.vocabulary} embeddings (ids 0 to {limits.vocabulary - 1})",
+        "It was tokenised for another model; run `dvc repro`.",
     )
     if limits.positions is not None:
-        _refuse(
-            rows,
-            prompt_length + response_length > limits.positions,
-            prompt_length + response_length,
-            lambda found: (
-                f"has {found} tokens with its prompt, but {model} has {limits.positions} positions. "
-                f"Set prepare.max_tokens to {limits.positions} or less and run `dvc repro`."
-            ),
+        yield (
+            length > limits.positions,
+            length,
+            f"has {{}} tokens with its prompt, but {model} has {limits.positions} positions",
+            f"Set prepare.max_tokens to {limits.positions} or less and run `dvc repro`.",
         )
 
 
@@ -112,6 +121,11 @@ def longest_row(rows: pl.DataFrame) -> int:
     """Tokens of the longest prompt with response; 0 for no rows."""
     length = pl.col("prompt_ids").list.len() + pl.col("response_ids").list.len()
     return int(rows.select(length.max()).item() or 0)
+
+
+def row_tokens(rows: pl.DataFrame) -> int:
+    """Tokens of all prompts and responses, a prompt counted with each of its responses."""
+    return int(rows.select(pl.col("prompt_ids", "response_ids").list.len().sum()).sum_horizontal().item())
 
 
 def scoring_order(rows: pl.DataFrame) -> pl.DataFrame:
@@ -154,12 +168,3 @@ def token_arrays(column: pl.Series) -> list[np.ndarray]:
     lengths = column.list.len().to_numpy().astype(np.int64)
     flat = column.explode(empty_as_null=False, keep_nulls=False).to_numpy().astype(np.int32)
     return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
-
-
-def _refuse(rows: pl.DataFrame, bad: pl.Expr, value: pl.Expr, why: Callable[[int], str]) -> None:
-    found = rows.filter(bad).select("response_key", value.alias("value")).sort("response_key")
-    if found.is_empty():
-        return
-    key, first = found.row(0)
-    more = f" {len(found) - 1} more rows are like it." if len(found) > 1 else ""
-    raise RequestError(f"Response {key.hex()} {why(first)}{more}")

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 def command(params: "Params", pairs: Path, model: Path, out: Path, metrics: Path) -> None:
     """Score every response under the reference model with vLLM.
 
-    Only responses that were not scored before are scored; a killed run goes on where it was. The log-probs are written
-    as Parquet with the reference's identity, and a sample is compared with the trainer's own forward (drift).
+    Only responses that were not scored before are scored; a killed run goes on where it was. Responses that can't be
+    scored are named with their line of the input, all others are scored, and nothing is published. The log-probs are
+    written as Parquet with the reference's identity, and a sample is compared with the trainer's own forward (drift).
 
     \b
     Example:
@@ -45,8 +46,9 @@ def command(params: "Params", pairs: Path, model: Path, out: Path, metrics: Path
 
 def _line(summary: dict[str, Any]) -> str:
     speed = f" at {summary['tokens_per_second']:,.0f} tokens/s" if summary["rows_scored"] else ""
+    restarts = f", {summary['engine_restarts']} engines replaced" if summary["engine_restarts"] else ""
     drift = summary["drift"]["per_sequence"]
     return (
-        f"score: {summary['rows_scored']:,} rows scored{speed}, {summary['rows_reused']:,} reused; "
+        f"score: {summary['rows_scored']:,} rows scored{speed}, {summary['rows_reused']:,} reused{restarts}; "
         f"drift {drift['max']:.2g} nats a sequence at most (typical margin {summary['drift']['typical_margin']:.3g})"
     )

@@ -23,7 +23,7 @@ from cache import (
     response_key,
     verify,
 )
-from pipeline import drift_check, scoring
+from pipeline import drift_check, scoring, supervision
 from pipeline.drift import choose_sample, keys_digest, transformers_logps
 from pipeline.drift_check import check_reference_drift, describe
 from pipeline.errors import RunFailed
@@ -96,7 +96,7 @@ class Project:
 @pytest.fixture
 def project(sound, tmp_path, monkeypatch):
     monkeypatch.setenv("REFCACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(scoring, "EngineProcess", lambda *args, **kwargs: pytest.fail("an engine was started"))
+    monkeypatch.setattr(supervision, "EngineProcess", lambda *args, **kwargs: pytest.fail("an engine was started"))
     shutil.copytree(sound, tmp_path / "project")
     return Project(tmp_path / "project")
 

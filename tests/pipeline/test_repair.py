@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from cache import Journal, open_reference, publish_reference, shards, verify
-from pipeline import scoring
+from pipeline import supervision
 from tests.pipeline.tiny_project import Project, write_project
 from tests.pipeline.tiny_reference import quick_engine, write_model
 
@@ -33,7 +33,7 @@ def no_engine(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("an engine was started")
 
-    monkeypatch.setattr(scoring, "EngineProcess", refuse)
+    monkeypatch.setattr(supervision, "EngineProcess", refuse)
 
 
 def parquet(contents):

@@ -7,7 +7,7 @@ import pytest
 
 from cache import Journal, open_reference, publish_reference
 from cache.identity import IDENTITY, record_identity, recorded_identity
-from pipeline import scoring, weights
+from pipeline import supervision, weights
 from pipeline.params import ScoreParams
 from pipeline.scoring import score_responses
 from tests.pipeline.tiny_project import Project, write_project
@@ -71,7 +71,7 @@ def test_settings_that_change_no_log_prob_are_a_hit(project):
 
 def test_another_learning_rate_beta_seed_objective_or_output_folder_scores_zero_rows(project, monkeypatch):
     """`score` itself is given neither; what it could see of them is its output folder and the trainer's dtype."""
-    monkeypatch.setattr(scoring, "EngineProcess", lambda *_, **__: pytest.fail("an engine was started"))
+    monkeypatch.setattr(supervision, "EngineProcess", lambda *_, **__: pytest.fail("an engine was started"))
     monkeypatch.setenv("REFCACHE_HOME", str(project.home))
     project.fill_journal()
     for out in ("logps", "other/logps"):

@@ -1,86 +1,21 @@
 """Filling the reference cache with the real engine: what is scored, what is reused, and what a kill leaves behind."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import pytest
 
-from cache import Journal, open_reference, prompt_key, response_key, verify
-from pipeline import scoring
+from cache import open_reference, prompt_key, response_key, verify
+from pipeline import scoring, supervision
 from pipeline.drift import summary as drift_summary
 from pipeline.engine_process import EngineProcess
-from pipeline.errors import RequestError, RunFailed
-from pipeline.params import ScoreParams
-from pipeline.prepared_data import PAIRS_SCHEMA, RESPONSES_SCHEMA, write_table
-from pipeline.scoring import score_responses
+from pipeline.errors import RequestError
 from pipeline.weights import reference_identity
+from tests.integration import kills
+from tests.pipeline.scoring_project import Project, write_prepared
 from tests.pipeline.tiny_reference import adversarial_rows, quick_engine, transformers_token_logps, write_model
-
-ROOT = Path(__file__).parents[2]
-PARAMS = ScoreParams(enforce_eager=True, rows_per_call=6, drift_sample=8)
-
-
-def write_prepared(folder, rows):
-    """Prepared pairs whose responses are `rows`; a pair for every two responses of a prompt that follow each other."""
-    responses, pairs = [], []
-    for index, (prompt, response) in enumerate(rows):
-        responses.append(
-            {
-                "response_key": response_key(prompt, response),
-                "prompt_key": prompt_key(prompt),
-                "split": "train" if index % 3 else "test",
-                "prompt_ids": prompt,
-                "response_ids": response,
-                "truncated": False,
-                "prompt_text": "",
-                "response_text": "",
-                "reward": None,
-            }
-        )
-    for chosen, rejected in pairwise(responses):
-        if chosen["prompt_key"] == rejected["prompt_key"]:
-            pairs.append(
-                {name: chosen[name] for name in ("split", "prompt_key", "prompt_text")}
-                | {"chosen_key": chosen["response_key"], "rejected_key": rejected["response_key"]}
-                | {"pair_id": len(pairs), "category": None, "chosen_text": "", "rejected_text": ""}
-                | {"chosen_reward": None, "rejected_reward": None, "source": f"rows:{len(pairs)}"}
-            )
-    write_table(pa.Table.from_pylist(pairs, PAIRS_SCHEMA), folder / "pairs.parquet", PAIRS_SCHEMA)
-    write_table(pa.Table.from_pylist(responses, RESPONSES_SCHEMA), folder / "responses.parquet", RESPONSES_SCHEMA)
-    return folder
-
-
-class Project:
-    """Pairs, a model, and a place for the journal and the reference cache."""
-
-    def __init__(self, root, model, rows):
-        self.root, self.model, self.rows = root, model, rows
-        self.pairs = write_prepared(root / "pairs", rows)
-        self.out, self.metrics, self.home = root / "logps", root / "metrics.json", root / "home"
-
-    def score(self, pairs=None, **changes):
-        options = {"params": PARAMS, "trainer_dtype": "float32"} | changes
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("REFCACHE_HOME", str(self.home))
-            return score_responses(
-                pairs=pairs or self.pairs, model=self.model, out=self.out, metrics=self.metrics, **options
-            )
-
-    def journalled(self):
-        identity = reference_identity(self.model, dtype=PARAMS.dtype, quantization=PARAMS.quantization)
-        with Journal(self.home / "journal" / identity.reference_id) as journal:
-            return journal.keys()
-
-    def published(self):
-        return {path.name: path.read_bytes() for path in self.out.iterdir()}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,21 +47,10 @@ def no_engine(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("an engine was started")
 
-    monkeypatch.setattr(scoring, "EngineProcess", refuse)
+    monkeypatch.setattr(supervision, "EngineProcess", refuse)
 
 
 # without an engine ----------------------------------------------------------------------------------------------------
-
-
-def test_a_row_that_cannot_be_scored_is_refused_before_the_model_loads(place, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr(EngineProcess, "load", refuse)
-    bad = (np.array([3, 64], np.int32), np.array([5], np.int32))
-    with pytest.raises(RequestError, match=f"{response_key(*bad).hex()} has token id 64"):
-        place.score(write_prepared(place.root / "bad", [*place.rows, bad]))
-    assert not place.out.exists() and not place.metrics.exists()
 
 
 def test_no_responses_is_a_wrong_request(place, no_engine):
@@ -239,67 +163,30 @@ def test_only_new_responses_are_scored(finished, monkeypatch):
     assert open_reference(finished.out, expect=None).n_rows == len(finished.rows) + 2
 
 
-STAGE = """
-import os, signal, sys
-from pathlib import Path
-from cache import Journal
-from pipeline.params import ScoreParams
-from pipeline.scoring import score_responses
-
-append, calls_left = Journal.append, int(sys.argv[5])
-
-def append_then_die(journal, rows):
-    global calls_left
-    append(journal, rows)
-    calls_left -= 1
-    if calls_left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Journal.append = append_then_die
-pairs, model, out, metrics = map(Path, sys.argv[1:5])
-params = ScoreParams.model_validate_json(sys.argv[6])
-score_responses(pairs=pairs, model=model, out=out, metrics=metrics, params=params, trainer_dtype="float32")
-"""
-
-
 @pytest.mark.slow
-def test_a_killed_stage_loses_nothing_and_ends_in_the_same_bytes(finished, place, monkeypatch):
-    arguments = [*map(str, (place.pairs, place.model, place.out, place.metrics)), "2", PARAMS.model_dump_json()]
-    environment = os.environ | {"REFCACHE_HOME": str(place.home), "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([sys.executable, "-c", STAGE, *arguments], env=environment, cwd=place.root)
-    assert killed.returncode == -signal.SIGKILL
-    kept = place.journalled()
-    assert 0 < len(kept) < len(place.rows)
-    assert not place.out.exists()  # nothing half-finished is visible
+def test_kills_and_a_hang_of_stage_and_engine_lose_nothing_and_a_poisonous_row_is_set_aside(finished, place):
+    rows = place.rows
+    poison = response_key(*min(rows, key=lambda row: (len(row[0]) + len(row[1]), response_key(*row))))
+    with kills.Nursery() as nursery:
+        for seconds in (1, 3, 5):  # it imports vLLM or loads the model meanwhile
+            assert nursery.score(place, kill_after=seconds)[0] == -signal.SIGKILL
+        assert nursery.score(place, [("stage_after_append", 2)])[0] == -signal.SIGKILL
+        kept = place.journalled()
+        assert 0 < len(kept) < len(rows) and poison not in kept
+        assert not place.out.exists()  # nothing half-finished is visible
 
-    seen = []
-    score = EngineProcess.score
-    monkeypatch.setattr(
-        EngineProcess, "score", lambda self, rows, advance: seen.extend(rows) or score(self, rows, advance)
-    )
-    summary = place.score()
-    assert summary["rows_scored"] == len(place.rows) - len(kept) == len(seen)
-    assert not {response_key(*row) for row in seen} & kept
+        status, output = nursery.score(place, [("engine_at_row", poison.hex())])
+        assert status == 1, output
+        assert output.count("killed by signal 9") == 2 and output.count("gave no sign of life for 1 s") == 1
+        assert f"Response {poison.hex()} (of no pair) ended three engines" in output
+        assert place.journalled() == {response_key(*row) for row in rows} - {poison}
+        assert not place.out.exists()
+
+        assert nursery.score(place)[0] == 0
+    assert json.loads(place.metrics.read_text())["rows_scored"] == 1
+    assert set(kills.journalled(place.home).values()) == {1}
     assert finished.score()["rows_scored"] == 0  # in case another test left it grown or shrunk
     assert place.published() == finished.published()
-
-
-@pytest.mark.slow
-def test_a_killed_engine_is_a_failed_run_that_keeps_its_rows(place, monkeypatch):
-    score, calls = EngineProcess.score, []
-
-    def die_in_the_third(self, rows, advance):
-        calls.append(rows)
-        if len(calls) == 3:
-            os.kill(self.pid, signal.SIGKILL)
-        return score(self, rows, advance)
-
-    monkeypatch.setattr(EngineProcess, "score", die_in_the_third)
-    with pytest.raises(RunFailed, match="killed by signal 9") as failed:
-        place.score()
-    assert str(place.home / "logs" / "score.log") in str(failed.value)
-    assert place.journalled() == {response_key(*row) for call in calls[:2] for row in call}
-    assert not place.out.exists()
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from pipeline.errors import RequestError
 from pipeline.params import ScoreParams
 from pipeline.scoring_plan import (
     ModelLimits,
+    bad_rows,
     calls,
     check_rows,
     engine_length,
@@ -78,8 +79,17 @@ def test_rows_at_the_limits_are_taken():
 
 
 def test_every_bad_row_is_counted():
-    with pytest.raises(RequestError, match="2 more rows are like it"):
-        check_rows(frame([([3], [64]), ([3], [65]), ([3], [66])]), LIMITS, MODEL)
+    with pytest.raises(RequestError, match="2 more rows can't be scored"):
+        check_rows(frame([([3], [64]), ([3], [65]), ([3], [])]), LIMITS, MODEL)
+
+
+def test_each_bad_row_is_found_once_with_its_own_numbers():
+    rows = [([3], [64]), GOOD, ([3] * 10, [99] * 7), ([3] * 20, [4])]
+    found = {row.key: row.problem for row in bad_rows(frame(rows), LIMITS, MODEL)}
+    assert set(found) == {key_of(*rows[0]), key_of(*rows[2]), key_of(*rows[3])}
+    assert "token id 64" in found[key_of(*rows[0])]
+    assert "token id 99" in found[key_of(*rows[2])]  # too long as well, but the tokenizer is the deeper cause
+    assert "21 tokens" in found[key_of(*rows[3])]
 
 
 def test_max_model_len_has_room_for_the_token_that_vllm_must_sample():

@@ -1,0 +1,69 @@
+"""Prepared pairs, a model, and a place for the journal and the reference cache, for tests of the score stage."""
+
+from itertools import pairwise
+
+import pyarrow as pa
+import pytest
+
+from cache import Journal, prompt_key, response_key
+from pipeline.params import ScoreParams
+from pipeline.prepared_data import PAIRS_SCHEMA, RESPONSES_SCHEMA, write_table
+from pipeline.scoring import score_responses
+from pipeline.weights import reference_identity
+
+PARAMS = ScoreParams(enforce_eager=True, rows_per_call=6, drift_sample=8)
+
+
+def write_prepared(folder, rows):
+    """Prepared pairs whose responses are `rows`; a pair for every two responses of a prompt that follow each other."""
+    responses, pairs = [], []
+    for index, (prompt, response) in enumerate(rows):
+        responses.append(
+            {
+                "response_key": response_key(prompt, response),
+                "prompt_key": prompt_key(prompt),
+                "split": "train" if index % 3 else "test",
+                "prompt_ids": prompt,
+                "response_ids": response,
+                "truncated": False,
+                "prompt_text": "",
+                "response_text": "",
+                "reward": None,
+            }
+        )
+    for chosen, rejected in pairwise(responses):
+        if chosen["prompt_key"] == rejected["prompt_key"]:
+            pairs.append(
+                {name: chosen[name] for name in ("split", "prompt_key", "prompt_text")}
+                | {"chosen_key": chosen["response_key"], "rejected_key": rejected["response_key"]}
+                | {"pair_id": len(pairs), "category": None, "chosen_text": "", "rejected_text": ""}
+                | {"chosen_reward": None, "rejected_reward": None, "source": f"rows:{len(pairs)}"}
+            )
+    write_table(pa.Table.from_pylist(pairs, PAIRS_SCHEMA), folder / "pairs.parquet", PAIRS_SCHEMA)
+    write_table(pa.Table.from_pylist(responses, RESPONSES_SCHEMA), folder / "responses.parquet", RESPONSES_SCHEMA)
+    return folder
+
+
+class Project:
+    """Pairs, a model, and a place for the journal and the reference cache."""
+
+    def __init__(self, root, model, rows):
+        self.root, self.model, self.rows = root, model, rows
+        self.pairs = write_prepared(root / "pairs", rows)
+        self.out, self.metrics, self.home = root / "logps", root / "metrics.json", root / "home"
+
+    def score(self, pairs=None, **changes):
+        options = {"params": PARAMS, "trainer_dtype": "float32"} | changes
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("REFCACHE_HOME", str(self.home))
+            return score_responses(
+                pairs=pairs or self.pairs, model=self.model, out=self.out, metrics=self.metrics, **options
+            )
+
+    def journalled(self):
+        identity = reference_identity(self.model, dtype=PARAMS.dtype, quantization=PARAMS.quantization)
+        with Journal(self.home / "journal" / identity.reference_id) as journal:
+            return journal.keys()
+
+    def published(self):
+        return {path.name: path.read_bytes() for path in self.out.iterdir()}
