@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from cache.durable import partial_of, sync_file
 from cache.errors import CacheMismatch
 from cache.identity import identity_digest
-from cache.key_set import KeyArray, Keys, key_array, key_bytes
+from cache.key_set import KeyArray, key_array, key_bytes
 from cache.manifest import Shard, file_digest
 from cache.schema import FORMAT_VERSION, KEY_COLUMN, METADATA_KEY, ROW_GROUP_ROWS, Kind, conform, parquet_options
 
@@ -39,19 +39,9 @@ def partitions(rows: pa.Table) -> Iterator[tuple[int, pa.Table]]:
             yield number, part
 
 
-def partition_numbers(words: npt.NDArray[np.uint64], bits: int) -> npt.NDArray[np.uint64]:
-    """The leading `bits` bits of each key, (n,)."""
-    # A shift by 64 is undefined, hence the special case.
-    return words[:, 0] >> np.uint64(64 - bits) if bits else np.zeros(len(words), dtype=np.uint64)
-
-
-def key_words(keys: Keys) -> npt.NDArray[np.uint64]:
-    """Keys as (n, 2) numbers whose order is the byte order of the keys."""
-    return np.ascontiguousarray(key_array(keys)).view(">u8").reshape(-1, 2).astype(np.uint64)
-
-
 def partitions_of(keys: KeyArray, bits: int) -> npt.NDArray[np.uint32]:
-    """The leading `bits` bits of each key, (n,); `partition_numbers` in less memory."""
+    """The leading `bits` bits of each key, (n,)."""
+    # A shift by all 32 bits is undefined, hence the special case.
     leading = np.ascontiguousarray(keys).view(">u4")[::4].astype(np.uint32)
     return leading >> np.uint32(32 - bits) if bits else np.zeros(len(keys), np.uint32)
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.errors import CacheCorrupt, CacheError, CacheMismatch, system_errors
+from cache.key_set import KeyArray, key_array
 from cache.manifest import EXCHANGE, MANIFEST, Manifest, Shard, file_digest, read_manifest, remedy
 from cache.schema import KEY_COLUMN, LOGPS
-from cache.shards import key_words, partition_bits, partition_numbers, read_shard_metadata, require_known_version
+from cache.shards import partition_bits, partitions_of, read_shard_metadata, require_known_version
 
 DRIFT = "drift.json"
 COMPANIONS = {MANIFEST, DRIFT}  # what may stand beside the shards
@@ -107,7 +107,7 @@ def _problem(folder: Path, shard: Shard, manifest: Manifest) -> str | None:
     if (content.rows, content.tokens) != (shard.rows, shard.tokens):
         found, expected = f"{content.rows} rows and {content.tokens} tokens", f"{shard.rows} and {shard.tokens}"
         return f"has {found}, expected {expected}"
-    if len(set(partition_numbers(content.ends, partition_bits(manifest.n_rows)).tolist())) > 1:
+    if len(set(partitions_of(content.ends, partition_bits(manifest.n_rows)).tolist())) > 1:
         return "holds keys of more than one partition"
     return None
 
@@ -117,11 +117,11 @@ class UnsoundShard(Exception):
 
 
 class ShardContent(NamedTuple):
-    """ends: its first and its last key as numbers, (2, 2), or (0, 2) for no rows."""
+    """ends: its first and its last key, or none for no rows."""
 
     rows: int
     tokens: int
-    ends: npt.NDArray[np.uint64]
+    ends: KeyArray
 
 
 def read_content(path: Path, reference_id: str) -> ShardContent:
@@ -138,11 +138,11 @@ def read_content(path: Path, reference_id: str) -> ShardContent:
                 raise UnsoundShard(f"belongs to reference {stated.get('reference_id')}, expected {reference_id}")
             if not schema.remove_metadata().equals(LOGPS.schema):
                 raise UnsoundShard(f"has the columns {schema.names}, or their types, not those of kind {LOGPS.name}")
-            keys, tokens = [np.empty((0, 2), dtype=np.uint64)], 0
+            parts, tokens = [key_array(())], 0
             for group in range(file.num_row_groups):
                 rows = file.read_row_group(group)
                 LOGPS.check(rows)
-                keys.append(key_words(rows[KEY_COLUMN]))
+                parts.append(key_array(rows[KEY_COLUMN]))
                 tokens += int(rows["n_tokens"].to_numpy().sum(dtype=np.int64))
     except CacheMismatch:  # a newer version's: not damage
         raise
@@ -150,8 +150,7 @@ def read_content(path: Path, reference_id: str) -> ShardContent:
         raise UnsoundShard(str(error)) from error
     except (OSError, pa.ArrowException, ValueError) as error:
         raise UnsoundShard(f"cannot be read: {error}") from error
-    words = np.concatenate(keys)
-    high, low = words[:, 0], words[:, 1]
-    if not ((high[1:] > high[:-1]) | ((high[1:] == high[:-1]) & (low[1:] > low[:-1]))).all():
+    keys = np.concatenate(parts)
+    if not (keys[1:] > keys[:-1]).all():
         raise UnsoundShard("its rows are not sorted by response_key, or repeat one")
-    return ShardContent(len(words), tokens, words[[0, -1]] if len(words) else words)
+    return ShardContent(len(keys), tokens, keys[[0, -1]] if len(keys) else keys)

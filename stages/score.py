@@ -46,9 +46,10 @@ def command(params: "Params", pairs: Path, model: Path, out: Path, metrics: Path
 
 def _line(summary: dict[str, Any]) -> str:
     speed = f" at {summary['tokens_per_second']:,.0f} tokens/s" if summary["rows_scored"] else ""
+    again = f", {summary['rows_rescored']:,} of them twice" if summary["rows_rescored"] else ""
     restarts = f", {summary['engine_restarts']} engines replaced" if summary["engine_restarts"] else ""
     drift = summary["drift"]["per_sequence"]
     return (
-        f"score: {summary['rows_scored']:,} rows scored{speed}, {summary['rows_reused']:,} reused{restarts}; "
+        f"score: {summary['rows_scored']:,} rows scored{speed}{again}, {summary['rows_reused']:,} reused{restarts}; "
         f"drift {drift['max']:.2g} nats a sequence at most (typical margin {summary['drift']['typical_margin']:.3g})"
     )
