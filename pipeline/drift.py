@@ -5,18 +5,21 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from cache import Reference, open_reference
+from cache import CacheLocked, Journal, Reference, logps_table, open_reference
+from cache.identity import identity_digest
 from pipeline.params import TrainParams
 from pipeline.progress import progress_bar
 from pipeline.scoring_plan import engine_rows
 from pipeline.trainer_forward import TrainerForward
 from pipeline.weights import reference_identity
+from pipeline.workspace import trainer_forward_folder
 
 FILE = "drift.json"
 FORMAT_VERSION = 2
@@ -40,7 +43,7 @@ def ensure_drift(
 
     tolerance: nats a sequence above which a sampled row counts as flagged; None: as recorded before, or
     train.drift_tolerance's default. rescored: keys of the cached rows that hold transformers' float32 values. The
-    forward by transformers is repeated only if the sample, its cached values or the trainer's dtype changed.
+    forward by transformers is repeated only for rows that are new in the sample, or for another trainer's dtype.
     """
     file = out / FILE
     before = read_drift(out) or {}
@@ -57,7 +60,7 @@ def ensure_drift(
         measured = {name: before[name] for name in _MEASURED}
     else:
         cached = [row.to_numpy() for row in reference.rows(keys)["token_logps"]]
-        own = transformers_logps(model, engine_rows(sample), trainer_dtype, trust_remote_code=trust_remote_code)
+        own = trainer_logps(model, sample, reference, trainer_dtype, trust_remote_code=trust_remote_code)
         measured = drift_statistics(cached, own) | {"sequences": worst_first(keys, cached, own)}
     if tolerance is None:
         tolerance = before.get("tolerance", TrainParams.model_fields["drift_tolerance"].default)
@@ -173,6 +176,40 @@ def typical_margin(pairs: pl.DataFrame, reference: Reference) -> float:
         return 0.0
     chosen, rejected = (reference.sum_logps(pairs[side].to_list()) for side in ("chosen_key", "rejected_key"))
     return float(np.median(np.abs(chosen - rejected)))
+
+
+def trainer_logps(
+    model: Path, sample: pl.DataFrame, reference: Reference, dtype: str, *, trust_remote_code: bool = False
+) -> list[np.ndarray]:
+    """Token log-probs of each row of `sample` as the trainer computes them; each row is forwarded once and journalled.
+
+    5 % new responses change the sample by as much; forwarding all of it would be most of what such a run costs.
+    """
+    identity = reference.identity
+    versions = {package: version(package) for package in ("torch", "transformers")}
+    forward_of = {"weights": identity.weights, "config": identity.config, "dtype": dtype} | versions
+    try:
+        with Journal(trainer_forward_folder(identity_digest(forward_of))) as journal:
+            new = sample.filter(~pl.col("response_key").is_in(list(journal.keys())))
+            if len(new):
+                rows = engine_rows(new)
+                logps = transformers_logps(model, rows, dtype, trust_remote_code=trust_remote_code)
+                journal.append(
+                    logps_table(
+                        response_keys=new["response_key"].to_list(),
+                        prompt_keys=new["prompt_key"].to_list(),
+                        n_prompt_tokens=[len(prompt) for prompt, _ in rows],
+                        token_ids=[response for _, response in rows],
+                        token_logps=logps,
+                    )
+                )
+            found: dict[bytes, np.ndarray] = {}
+            for table in journal.tables():
+                values = pl.DataFrame(table.select(["response_key", "token_logps"]))
+                found |= zip(values["response_key"], (row.to_numpy() for row in values["token_logps"]), strict=True)
+    except CacheLocked:  # by a run that scores the same weights with another engine; waiting would take as long
+        return transformers_logps(model, engine_rows(sample), dtype, trust_remote_code=trust_remote_code)
+    return [found[key] for key in sample["response_key"]]
 
 
 def transformers_logps(

@@ -23,6 +23,11 @@ def rescored_folder(reference_id: str) -> Path:
     return journal_folder() / reference_id / "rescored"
 
 
+def trainer_forward_folder(name: str) -> Path:
+    """The journal of what the trainer's own forward gave for sampled rows (drift); safe to delete."""
+    return workspace() / "trainer-forward" / name
+
+
 def damaged_folder() -> Path:
     """Files that `verify --repair` moved aside, in folders REFERENCE_ID-N."""
     return workspace() / "damaged"

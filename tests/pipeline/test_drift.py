@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from cache import ReferenceIdentity, logps_table, open_reference, prompt_key, publish_reference, response_key
+from cache import Journal, ReferenceIdentity, logps_table, open_reference, prompt_key, publish_reference, response_key
 from pipeline import drift
 
 IDENTITY = ReferenceIdentity(
@@ -83,14 +83,16 @@ def test_typical_margin_is_the_median_distance_within_pairs(published):
 
 
 @pytest.fixture
-def ensure(published, monkeypatch):
-    """ensure_drift on the published cache; its second result says whether transformers was asked."""
+def ensure(published, monkeypatch, tmp_path):
+    """ensure_drift on the published cache; its second result says for how many rows transformers was asked."""
     folder, table, pairs, logps = published
+    monkeypatch.setenv("REFCACHE_HOME", str(tmp_path / "home"))
+    logps = [[-1.5], [-2.5, -2.5], [-3.5, -3.5, -4.5]]
     asked = []
 
     def forward(model, rows, dtype, *, trust_remote_code):
-        asked.append(dtype)
-        return [np.array(logps[len(response) - 1], np.float32) + 0.5 for _, response in rows]
+        asked.extend(rows)
+        return [np.array(logps[len(response) - 1], np.float32) for _, response in rows]
 
     monkeypatch.setattr(drift, "transformers_logps", forward)
 
@@ -106,7 +108,7 @@ def ensure(published, monkeypatch):
             **options,
         )
         assert json.loads((folder / "drift.json").read_text()) == content
-        return content, bool(asked)
+        return content, len(asked)
 
     return call
 
@@ -120,10 +122,16 @@ def test_drift_is_measured_once_for_the_same_question(ensure, published):
     assert (published[0] / "drift.json").stat().st_ino == before.st_ino  # not even rewritten
 
 
-def test_drift_is_measured_again_for_another_trainer_dtype_or_sample(ensure):
-    ensure()
-    assert ensure(trainer_dtype="bfloat16")[1]
-    assert ensure(trainer_dtype="bfloat16", sample_size=3)[1]
+def test_drift_is_measured_again_for_another_trainer_dtype_and_for_what_is_new_in_the_sample(ensure):
+    assert ensure()[1] == 2
+    assert ensure(trainer_dtype="bfloat16")[1] == 2
+    assert ensure(trainer_dtype="bfloat16", sample_size=3)[1] == 1
+
+
+def test_values_of_rows_forwarded_earlier_are_those_of_their_own_row(ensure):
+    ensure(sample_size=1)
+    content, asked = ensure(sample_size=3)
+    assert asked == 2 and content["per_token"] == {"max": 0.5, "mean": 0.5, "p99": 0.5}
 
 
 def test_new_pairs_move_the_margin_without_a_forward(ensure, published):
@@ -140,3 +148,11 @@ def test_drift_file_is_replaced_and_never_edited_in_place(ensure, published, tmp
     before = linked.read_bytes()
     ensure(trainer_dtype="bfloat16")
     assert linked.read_bytes() == before
+
+
+def test_a_run_beside_it_does_not_keep_drift_from_being_measured(ensure, tmp_path):
+    first, _ = ensure()
+    (folder,) = (tmp_path / "home" / "trainer-forward").iterdir()
+    with Journal(folder):
+        content, asked = ensure(sample_size=3)
+    assert asked == 3 and content["responses"] == 3 and first["responses"] == 2
