@@ -142,6 +142,15 @@ def test_orpo_of_a_certain_response_is_finite_and_prefers_it():
     assert 0 <= low.item() < 1e-6 and 5 < high.item() < math.inf
 
 
+@pytest.mark.parametrize("logp", [-1e-2, -1e-4, -1e-6])
+def test_orpo_keeps_its_digits_in_float32_as_a_response_becomes_certain(logp):
+    coarse, fine = (
+        OBJECTIVES["orpo"](pair(-1.0, logp, -1.0, -1.0, (1, 1), dtype), weight=1.0)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert coarse.item() == pytest.approx(fine.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
 def test_aot_compares_ranks_and_not_pairs(name):
     """Paired: the margins are sorted, under policy and reference. Unpaired: the log-ratios of each side are."""
