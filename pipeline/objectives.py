@@ -1,50 +1,41 @@
-"""Preference objectives as pure functions of sequence log-probs.
+"""Every preference objective by name, each a pure function of sequence log-probs; docs/objectives.md is their table.
 
-Notation, after the papers: w the chosen response, l the rejected one, r = beta * (log pi_theta - log pi_ref) the
-implicit reward. Hyper-parameters and their ranges are declared in pipeline/objective_params.py.
+Notation, after the papers: w the chosen response, l the rejected one, a = log pi_theta - log pi_ref, r = beta * a the
+implicit reward. Here are the objectives this project was made for and the dict; their baselines are in
+margin_objectives, reward_objectives and reference_free_objectives. Hyper-parameters and their ranges are declared in
+objective_params. An objective returns one loss per pair, and pairs don't influence each other (`aot` excepted, which
+says so), so micro-batches, ranks and several pairs of one prompt change nothing.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.margin_objectives import (
+    aot,
+    aot_unpaired,
+    discopop,
+    dpo,
+    dpo_nll,
+    dpop,
+    exo_pair,
+    hinge,
+    ipo,
+    minor_dpo,
+    robust,
+    sigmoid_norm,
+)
+from pipeline.pair_logps import PairLogps
+from pipeline.reference_free_objectives import cpo, orpo, sft, simpo, slic
+from pipeline.reward_objectives import apo_down, apo_zero, bco_pair, nca_pair, sppo
+
+__all__ = ["OBJECTIVES", "Objective", "PairLogps", "auxdpo", "bdpo", "bpo", "dpo", "weighted_sum"]
+
 Objective = Callable[..., Tensor]
-
-
-class PairLogps(NamedTuple):
-    """Response log-probs summed over tokens, nats, float32, each (B,); lengths in tokens, (B,).
-
-    The reference's are data and carry no gradient.
-    """
-
-    chosen: Tensor
-    rejected: Tensor
-    ref_chosen: Tensor
-    ref_rejected: Tensor
-    chosen_lengths: Tensor
-    rejected_lengths: Tensor
-
-    @property
-    def chosen_log_ratio(self) -> Tensor:
-        return self.chosen - self.ref_chosen
-
-    @property
-    def rejected_log_ratio(self) -> Tensor:
-        return self.rejected - self.ref_rejected
-
-
-def dpo(pair: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """-log sigmoid(r_w - r_l), Rafailov et al. 2023 (arXiv 2305.18290) eq. 7; per pair, unreduced.
-
-    pair: see PairLogps. beta: inverse temperature of the implicit reward, > 0. label_smoothing: assumed probability
-    that a label is flipped, in [0, 0.5) (conservative DPO, Mitchell 2023). Returns (B,).
-    """
-    margin = beta * (pair.chosen_log_ratio - pair.rejected_log_ratio)
-    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
 def bdpo(pair: PairLogps, *, beta: float, mixture: float = 0.5) -> Tensor:
@@ -63,4 +54,60 @@ def bdpo(pair: PairLogps, *, beta: float, mixture: float = 0.5) -> Tensor:
     return -F.logsigmoid(beta * (pair.chosen_log_ratio - bounded))
 
 
-OBJECTIVES: dict[str, Objective] = {"dpo": dpo, "bdpo": bdpo}
+def bpo(pair: PairLogps, *, beta: float, alpha: float = 1.0, link: Literal["logistic", "hinge"] = "logistic") -> Tensor:
+    """Balanced preference optimisation (arXiv 2506.03557): a link of min(r_w, -alpha * r_l).
+
+    Only the response whose term is smaller is moved. alpha: the gap adaptor, in (0, 1]: where both terms are equal the
+    rejected reward has fallen 1/alpha times as far as the chosen one has risen. link: -log sigmoid(m), or
+    max(0, 1 - m). Returns (B,).
+    """
+    chosen, rejected = beta * pair.chosen_log_ratio, -alpha * beta * pair.rejected_log_ratio
+    # At a tie, which is where every policy starts, torch.minimum would move both by half; raise the chosen one.
+    margin = torch.where(chosen <= rejected, chosen, rejected)
+    return torch.relu(1 - margin) if link == "hinge" else -F.logsigmoid(margin)
+
+
+def auxdpo(pair: PairLogps, *, beta: float, chosen_offset: Tensor, rejected_offset: Tensor) -> Tensor:
+    """-log sigmoid(r_w - r_l + delta_w - delta_l): AuxDPO's empirical loss (arXiv 2510.20413) with given offsets.
+
+    chosen_offset, rejected_offset: delta of each response, in reward units (beta is not on them), (B,); they may
+    carry gradient. Their constraint is no part of this loss; without it they would fit the labels alone, so this is
+    not in OBJECTIVES. Returns (B,).
+    """
+    margin = beta * (pair.chosen_log_ratio - pair.rejected_log_ratio)
+    return -F.logsigmoid(margin + chosen_offset - rejected_offset)
+
+
+def weighted_sum(pair: PairLogps, *, terms: Sequence[Mapping[str, Any]]) -> Tensor:
+    """sum_i weight_i * objective_i; each term: {"objective", "weight", "hyperparameters"}. Returns (B,)."""
+    losses = [term["weight"] * OBJECTIVES[term["objective"]](pair, **term["hyperparameters"]) for term in terms]
+    return torch.stack(losses).sum(dim=0)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "dpo": dpo,
+    "bdpo": bdpo,
+    "bpo": bpo,
+    "dpo_nll": dpo_nll,
+    "dpop": dpop,
+    "minor_dpo": minor_dpo,
+    "robust": robust,
+    "hinge": hinge,
+    "ipo": ipo,
+    "exo_pair": exo_pair,
+    "discopop": discopop,
+    "sigmoid_norm": sigmoid_norm,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+    "sppo": sppo,
+    "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "sft": sft,
+    "slic": slic,
+    "cpo": cpo,
+    "simpo": simpo,
+    "orpo": orpo,
+    "weighted_sum": weighted_sum,
+}

@@ -266,14 +266,22 @@ class Params(Section):
 
 
 def variant_loop(train: TrainParams, name: str) -> TrainParams:
-    """The `train` section with the variant's `settings` applied; unknown or out-of-range ones raise ValueError."""
+    """The `train` section with the variant's `settings` applied; unknown, out-of-range, unfit ones: ValueError."""
     allowed = set(LoopParams.model_fields) | {"drift_tolerance"}
     settings = train.variants[name].settings
     foreign = sorted(set(settings) - allowed)
     if foreign:
         raise ValueError(f"train.variants.{name}.settings: unknown {foreign}; allowed are {sorted(allowed)}")
     try:
-        return TrainParams.model_validate(train.model_dump() | settings)
+        loop = TrainParams.model_validate(train.model_dump() | settings)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {p['input']!r}" for p in error.errors()]
         raise ValueError(f"train.variants.{name}.settings: {'; '.join(problems)}") from None
+    variant = train.variants[name]
+    if variant.needs_whole_batch and (loop.ranks > 1 or loop.micro_batch_size < loop.batch_size):
+        raise ValueError(
+            f"train.variants.{name}: {variant.objective} compares pairs across the batch, so the batch must be one "
+            f"micro-batch on one rank; found batch_size {loop.batch_size}, micro_batch_size "
+            f"{loop.micro_batch_size}, ranks {loop.ranks}. Set them so in the variant's settings"
+        )
+    return loop

@@ -33,11 +33,15 @@ class PreferenceTask:
         *,
         objective: str,
         hyperparameters: dict[str, Any],
+        reward_beta: float,
         drift_tolerance: float,
     ) -> None:
-        """drift_tolerance: nats a response by which the policy may differ from the cached reference at the start."""
+        """reward_beta: inverse temperature of the reward metrics.
+
+        drift_tolerance: nats a response by which the policy may differ from the cached reference at the start.
+        """
         self.objective, self.hyperparameters = OBJECTIVES[objective], hyperparameters
-        self.beta = hyperparameters.get("beta", 1.0)
+        self.beta = reward_beta
         table = scan_pairs(pairs).filter(pl.col("split") == "train").select(PAIR_SIDES).collect()
         self.start = StartCheck(reference, pairs, drift_tolerance)
         responses = scan_responses(pairs).select("response_key", "prompt_ids", "response_ids").collect()
@@ -107,6 +111,7 @@ def start(job: Job, loop: LoopParams) -> tuple[Engine, PreferenceTask, nn.Module
         Path(job.paths["reference"]),
         objective=job.settings["objective"],
         hyperparameters=job.settings["hyperparameters"],
+        reward_beta=job.settings["reward_beta"],
         drift_tolerance=job.settings["drift_tolerance"],
     )
     engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))

@@ -52,6 +52,7 @@ def train_policy(
         settings={
             "objective": objective.objective,
             "hyperparameters": objective.hyperparameters(),
+            "reward_beta": objective.reward_beta,
             "drift_tolerance": settings.drift_tolerance,
             "trainable": trainable if isinstance(trainable, str) else trainable.model_dump(),
         },

@@ -54,7 +54,7 @@ def command(
         metrics=metrics,
         params=params.evaluate,
         engine=params.score,
-        beta=params.train.variants[variant].hyperparameters().get("beta", 1.0),
+        beta=params.train.variants[variant].reward_beta,
         trust_remote_code=params.model.trust_remote_code,
     )
     click.echo(_line(summary))

@@ -1,68 +1,111 @@
-"""Objectives against closed forms in float64 and against their theorems' simplest cases."""
+"""What holds for every objective: declared hyper-parameters, honest flags, no pair that influences another's loss."""
 
 import inspect
 import math
+import re
 import typing
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from pydantic import AfterValidator, TypeAdapter
 
 from pipeline import objective_params
-from pipeline.objectives import OBJECTIVES, PairLogps, bdpo, dpo
+from pipeline.interval import Interval
+from pipeline.objectives import OBJECTIVES, PairLogps, bdpo
+from tests.pipeline.objective_cases import CASES, IDS, pair
 
-LOGP = st.floats(-5000, 0)
-BETA = st.floats(0.01, 2)
-
-
-def pair(chosen: float, rejected: float, ref_chosen: float, ref_rejected: float) -> PairLogps:
-    values = [torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (chosen, rejected)]
-    values += [torch.tensor([x], dtype=torch.float64) for x in (ref_chosen, ref_rejected)]
-    return PairLogps(*values, torch.tensor([5]), torch.tensor([7]))
+VARIANTS = TypeAdapter(objective_params.AnyVariant)
+DOCS = Path(__file__).parents[2] / "docs" / "objectives.md"
+LOGISTIC_IN_THE_MARGIN = ["dpo", "bdpo", "bpo", "dpop", "minor_dpo", "sigmoid_norm", "aot", "aot_unpaired", "robust"]
 
 
-def gradients(loss: torch.Tensor, of: PairLogps) -> tuple[float, float]:
-    chosen, rejected = torch.autograd.grad(loss.sum(), [of.chosen, of.rejected])
-    return chosen.item(), rejected.item()
+def classes(union: object) -> list[type[objective_params.Variant]]:
+    """Members of a union of unions, each perhaps annotated."""
+    if isinstance(union, type):
+        return [union]
+    members = typing.get_args(union)
+    if typing.get_origin(union) is typing.Annotated:
+        members = members[:1]
+    return [cls for member in members for cls in classes(member)]
 
 
-@given(LOGP, LOGP, LOGP, LOGP, BETA)
-def test_dpo_gradient_is_the_papers(w, l, ref_w, ref_l, beta):  # noqa: E741
-    """Rafailov et al. 2023, section 4: dL/dlog pi(y_w) = -beta * sigmoid(r_l - r_w), and the opposite for y_l."""
-    x = pair(w, l, ref_w, ref_l)
-    margin = beta * ((w - ref_w) - (l - ref_l))
-    weight = 1 / (1 + math.exp(min(margin, 700)))
-    got = gradients(dpo(x, beta=beta), x)
-    assert got == pytest.approx((-beta * weight, beta * weight), rel=1e-9, abs=1e-300)
+DECLARED = {
+    typing.get_args(cls.model_fields["objective"].annotation)[0]: cls for cls in classes(objective_params.AnyVariant)
+}
 
 
-@given(LOGP, LOGP, LOGP, LOGP, BETA, st.floats(0.01, 0.99))
-def test_bdpo_equals_dpo_on_the_mixed_probability(w, l, ref_w, ref_l, beta, mixture):  # noqa: E741
-    """arXiv 2506.12725: the rejected probability is replaced by the mixture, everything else is DPO."""
-    terms = [math.log(mixture) + l, math.log(1 - mixture) + ref_l]
-    mixed = max(terms) + math.log(sum(math.exp(term - max(terms)) for term in terms))
-    expected = dpo(pair(w, mixed, ref_w, ref_l), beta=beta).item()
-    assert bdpo(pair(w, l, ref_w, ref_l), beta=beta, mixture=mixture).item() == pytest.approx(
-        expected, rel=1e-9, abs=1e-9
+def variant(name: str, hyperparameters: dict) -> objective_params.Variant:
+    """The validated variant of one of CASES."""
+    if name == "weighted_sum":
+        terms = [
+            {"weight": term["weight"], "loss": {"objective": term["objective"], **term["hyperparameters"]}}
+            for term in hyperparameters["terms"]
+        ]
+        return VARIANTS.validate_python({"objective": name, "terms": terms})
+    return VARIANTS.validate_python({"objective": name, **hyperparameters})
+
+
+def random_batch(n: int = 6) -> PairLogps:
+    draw = torch.Generator().manual_seed(0)
+    logps = [-20 * torch.rand(n, generator=draw, dtype=torch.float64) for _ in range(4)]
+    return PairLogps(*logps, *(torch.randint(1, 30, (n,), generator=draw) for _ in range(2)))
+
+
+def test_every_objective_has_declared_hyperparameters_of_the_same_names_and_defaults():
+    assert DECLARED.keys() == OBJECTIVES.keys()
+    for name, objective in OBJECTIVES.items():
+        keywords = {k: p for k, p in inspect.signature(objective).parameters.items() if p.kind is p.KEYWORD_ONLY}
+        fields = {k: f for k, f in DECLARED[name].model_fields.items() if k not in ("objective", "settings")}
+        assert keywords.keys() == fields.keys(), name
+        for keyword, parameter in keywords.items():
+            if parameter.default is not parameter.empty:
+                assert parameter.default == fields[keyword].default, (name, keyword)
+
+
+def test_every_objective_and_every_hyperparameter_is_tested_on_closed_forms():
+    for name, cls in DECLARED.items():
+        tried = set().union(*(keywords for case, keywords in CASES if case == name))
+        assert tried >= set(cls.model_fields) - {"objective", "settings", "divergence", "divergence_alpha"}, name
+
+
+@pytest.mark.parametrize(("name", "hyperparameters"), CASES, ids=IDS)
+def test_validated_hyperparameters_are_what_the_objective_takes(name, hyperparameters):
+    given = variant(name, hyperparameters).hyperparameters()
+    assert given.keys() >= hyperparameters.keys()
+    x = random_batch()
+    assert torch.equal(OBJECTIVES[name](x, **given), OBJECTIVES[name](x, **hyperparameters))
+
+
+@pytest.mark.parametrize(("name", "hyperparameters"), CASES, ids=IDS)
+def test_flags_say_what_the_loss_depends_on(name, hyperparameters):
+    x, chosen = random_batch(), variant(name, hyperparameters)
+
+    def changes(**others: torch.Tensor) -> bool:
+        before, after = (OBJECTIVES[name](y, **hyperparameters) for y in (x, x._replace(**others)))
+        return not torch.allclose(before, after, rtol=1e-12, atol=0)
+
+    assert changes(ref_chosen=x.ref_chosen - 1.0, ref_rejected=x.ref_rejected + 2.0) == chosen.needs_reference
+    assert changes(chosen_lengths=x.chosen_lengths * 3, rejected_lengths=x.rejected_lengths * 7) == (
+        chosen.needs_lengths
     )
 
 
-@given(LOGP, LOGP, LOGP, LOGP, BETA, st.floats(0.01, 0.99))
-def test_bdpo_is_finite_and_its_rejected_gradient_is_that_of_the_mixture(w, l, ref_w, ref_l, beta, mixture):  # noqa: E741
-    x = pair(w, l, ref_w, ref_l)
-    chosen, rejected = gradients(bdpo(x, beta=beta, mixture=mixture), x)
-    assert math.isfinite(chosen) and math.isfinite(rejected)
-    # The policy's share of the mixture scales the gradient: chain rule on log(mixture*p + (1-mixture)*q).
-    odds = math.log(mixture) - math.log(1 - mixture) + (l - ref_l)
-    share = 1 / (1 + math.exp(-max(odds, -700)))
-    assert rejected == pytest.approx(-chosen * share, rel=1e-6, abs=1e-12)
+@pytest.mark.parametrize(("name", "hyperparameters"), CASES, ids=IDS)
+def test_a_pairs_loss_is_its_own_unless_the_objective_needs_the_whole_batch(name, hyperparameters):
+    """Hence micro-batches, ranks and several pairs of one prompt change nothing."""
+    x = random_batch()
+    whole = OBJECTIVES[name](x, **hyperparameters)
+    alone = torch.cat([OBJECTIVES[name](PairLogps(*(v[i : i + 1] for v in x)), **hyperparameters) for i in range(6)])
+    same = torch.allclose(whole, alone, rtol=1e-12, atol=0)
+    assert same != variant(name, hyperparameters).needs_whole_batch
 
 
 def test_losses_of_the_reference_itself_are_log_two():
+    """The step-0 invariant of everything that is a logistic function of a margin of log-ratios."""
     x = pair(-12.0, -30.0, -12.0, -30.0)
-    for name, objective in OBJECTIVES.items():
-        assert objective(x, beta=0.1).item() == pytest.approx(math.log(2), abs=1e-12), name
+    for name in LOGISTIC_IN_THE_MARGIN:
+        assert OBJECTIVES[name](x, beta=0.1).item() == pytest.approx(math.log(2), abs=1e-12), name
 
 
 def test_bdpo_refuses_a_mixture_that_is_no_mixture():
@@ -71,10 +114,32 @@ def test_bdpo_refuses_a_mixture_that_is_no_mixture():
             bdpo(pair(-1, -1, -1, -1), beta=0.1, mixture=mixture)
 
 
-def test_every_objective_has_declared_hyperparameters_of_the_same_names():
-    (union, *_) = typing.get_args(objective_params.AnyVariant)
-    declared = {typing.get_args(cls.model_fields["objective"].annotation)[0]: cls for cls in typing.get_args(union)}
-    assert declared.keys() == OBJECTIVES.keys()
-    for name, objective in OBJECTIVES.items():
-        keywords = {p.name for p in inspect.signature(objective).parameters.values() if p.kind is p.KEYWORD_ONLY}
-        assert keywords == set(declared[name].model_fields) - {"objective", "settings"}, name
+def test_a_sums_rewards_have_the_beta_of_its_first_term_that_has_one():
+    terms = [
+        {"loss": {"objective": "sft"}},
+        {"loss": {"objective": "ipo", "beta": 0.4}},
+        {"loss": {"objective": "dpo"}},
+    ]
+    assert VARIANTS.validate_python({"objective": "weighted_sum", "terms": terms}).reward_beta == 0.4
+    assert VARIANTS.validate_python({"objective": "orpo"}).reward_beta == 1.0
+
+
+def test_the_documented_table_has_every_hyperparameter_with_its_default_and_range():
+    lines = [line for line in DOCS.read_text().splitlines() if line.startswith("| `")]
+    # Between a name and its default may stand the symbol of the equations.
+    rows = {line.split("|")[1].strip(" `"): re.sub("` [ελατδγws] ", "` ", line) for line in lines}
+    for name, cls in DECLARED.items():
+        for field, info in cls.model_fields.items():
+            if field in ("objective", "settings", "terms"):
+                continue
+            cell = f"`{field}` {info.default:g}" if isinstance(info.default, float) else f"`{field}` {info.default}"
+            ranges = [m.func for m in info.metadata if isinstance(m, AfterValidator)]
+            expected = [f"{cell} {r}" for r in ranges if isinstance(r, Interval)] or [cell]
+            assert expected[0] in rows[name], f"docs/objectives.md, {name}: expected {expected[0]!r}"
+        flags = [cell.strip() for cell in rows[name].split("|")][5:7]
+        if name == "weighted_sum":
+            continue
+        made = cls(objective=name)
+        assert flags[0] == ("yes" if made.needs_reference else "no"), name
+        lengths = "yes" if made.needs_lengths else "for `mean`" if "over_tokens" in cls.model_fields else "no"
+        assert flags[1] == lengths, name
