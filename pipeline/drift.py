@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from cache import CacheLocked, Journal, Reference, logps_table, open_reference
+from cache import CacheLocked, Journal, Reference, open_reference
 from cache.identity import identity_digest
 from pipeline.params import TrainParams
 from pipeline.progress import progress_bar
-from pipeline.scoring_plan import engine_rows
+from pipeline.scoring_plan import engine_rows, scored_table
 from pipeline.trainer_forward import TrainerForward
 from pipeline.weights import reference_identity
 from pipeline.workspace import trainer_forward_folder
@@ -194,15 +194,7 @@ def trainer_logps(
             if len(new):
                 rows = engine_rows(new)
                 logps = transformers_logps(model, rows, dtype, trust_remote_code=trust_remote_code)
-                journal.append(
-                    logps_table(
-                        response_keys=new["response_key"].to_list(),
-                        prompt_keys=new["prompt_key"].to_list(),
-                        n_prompt_tokens=[len(prompt) for prompt, _ in rows],
-                        token_ids=[response for _, response in rows],
-                        token_logps=logps,
-                    )
-                )
+                journal.append(scored_table(new, rows, logps))
             found: dict[bytes, np.ndarray] = {}
             for table in journal.tables():
                 values = pl.DataFrame(table.select(["response_key", "token_logps"]))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from cache import CacheCorrupt, Journal, Reference, logps_table, open_reference, verify
+from cache import CacheCorrupt, Journal, Reference, open_reference, verify
 from pipeline import drift
 from pipeline.drift_tally import DriftTally
 from pipeline.params import ScoreParams
@@ -18,7 +18,7 @@ from pipeline.prepared_data import iter_responses, scan_pairs, scan_responses
 from pipeline.progress import progress_bar
 from pipeline.publication import publish_needed
 from pipeline.rescored import adopt, recorded_rows
-from pipeline.scoring_plan import ROW_COLUMNS, engine_rows
+from pipeline.scoring_plan import ROW_COLUMNS, engine_rows, scored_table
 from pipeline.trainer_forward import TrainerForward
 from pipeline.workspace import journal_folder, rescored_folder
 
@@ -187,7 +187,7 @@ def _rescore(flagged: list[Flagged], journal: Journal, scope: _Scope) -> dict[st
             for chunk in _chunks(scope.pairs, pl.Series(wanted, dtype=pl.Binary)):
                 for rows in chunk.iter_slices(JOURNAL_ROWS):
                     inputs = engine_rows(rows)
-                    _append(journal, rows, inputs, [forward(*row) for row in inputs])
+                    journal.append(scored_table(rows, inputs, [forward(*row) for row in inputs]))
                     advance(len(rows))
     trainers = {row.key: row.own_sum for row in flagged}
     still = 0
@@ -214,20 +214,6 @@ def _publish(reference: Reference, journal: Journal, scope: _Scope) -> dict[str,
         sample_size=before.get("responses", ScoreParams.model_fields["drift_sample"].default),
         trust_remote_code=scope.trust_remote_code,
         rescored=rescored,
-    )
-
-
-def _append(
-    journal: Journal, rows: pl.DataFrame, inputs: list[tuple[np.ndarray, np.ndarray]], logps: list[np.ndarray]
-) -> None:
-    journal.append(
-        logps_table(
-            response_keys=rows["response_key"].to_list(),
-            prompt_keys=rows["prompt_key"].to_list(),
-            n_prompt_tokens=[len(prompt) for prompt, _ in inputs],
-            token_ids=[response for _, response in inputs],
-            token_logps=logps,
-        )
     )
 
 

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
-import pyarrow as pa
 
-from cache import Journal, ReferenceIdentity, logps_table, open_reference
+from cache import Journal, ReferenceIdentity, open_reference
 from cache.identity import record_identity
 from pipeline import drift
 from pipeline.engine_probe import make_probe
@@ -31,6 +29,7 @@ from pipeline.scoring_plan import (
     longest_row,
     model_limits,
     row_tokens,
+    scored_table,
     scoring_order,
 )
 from pipeline.supervision import Quarantined, SupervisedEngine
@@ -153,17 +152,6 @@ def _score_missing(
                 work.shared_tokens += call.answer.shared_tokens
         work.seconds, work.restarts = time.perf_counter() - started, engine.restarts
         return work
-
-
-def scored_table(call: pl.DataFrame, inputs: list[tuple[np.ndarray, np.ndarray]], logps: list[np.ndarray]) -> pa.Table:
-    """Rows for the journal out of one call: `inputs` and `logps` are in the order of `call`'s rows."""
-    return logps_table(
-        response_keys=call["response_key"].to_list(),
-        prompt_keys=call["prompt_key"].to_list(),
-        n_prompt_tokens=[len(prompt) for prompt, _ in inputs],
-        token_ids=[response for _, response in inputs],
-        token_logps=logps,
-    )
 
 
 def _write_metrics(

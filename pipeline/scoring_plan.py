@@ -1,13 +1,15 @@
 """What goes to the engine, in which order, and whether the model can take it at all. No engine is imported here."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
+from cache import logps_table
 from pipeline.errors import RequestError
 from pipeline.params import ScoreParams
 
@@ -161,6 +163,19 @@ def calls(rows: pl.DataFrame, rows_per_call: int) -> Iterator[pl.DataFrame]:
 def engine_rows(rows: pl.DataFrame) -> list[tuple[np.ndarray, np.ndarray]]:
     """(prompt ids, response ids) as int32 arrays, one pair a row, as EngineProcess.score takes them."""
     return list(zip(token_arrays(rows["prompt_ids"]), token_arrays(rows["response_ids"]), strict=True))
+
+
+def scored_table(
+    rows: pl.DataFrame, inputs: list[tuple[np.ndarray, np.ndarray]], logps: Sequence[np.ndarray]
+) -> pa.Table:
+    """Rows for a journal: `inputs` (of `engine_rows`) and `logps` are in the order of `rows`, columns ROW_COLUMNS."""
+    return logps_table(
+        response_keys=rows["response_key"].to_list(),
+        prompt_keys=rows["prompt_key"].to_list(),
+        n_prompt_tokens=[len(prompt) for prompt, _ in inputs],
+        token_ids=[response for _, response in inputs],
+        token_logps=logps,
+    )
 
 
 def token_arrays(column: pl.Series) -> list[np.ndarray]:
