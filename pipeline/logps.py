@@ -87,7 +87,8 @@ class ChunkedHead(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         chunks = zip(hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True)
         if not torch.is_grad_enabled():
-            return torch.cat([self._chunk(*chunk) for chunk in chunks])
+            logits = hidden.new_empty(min(len(hidden), self.chunk_tokens), len(self.weight))
+            return torch.cat([self._chunk_in_place(logits, *chunk) for chunk in chunks])
         return torch.cat([checkpoint(self._chunk, *chunk, use_reentrant=False) for chunk in chunks])
 
     def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -95,6 +96,22 @@ class ChunkedHead(nn.Module):
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return -F.cross_entropy(logits, targets, reduction="none")
+
+    def _chunk_in_place(self, logits: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
+        """As `_chunk`, in one array for all chunks: allocators that keep what is freed would pile up several."""
+        logits = logits[: len(hidden)]
+        torch.mm(hidden, self.weight.T, out=logits)
+        if self.bias is not None:
+            logits += self.bias
+        logits = logits.float()  # the array itself in float32
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        chosen = logits.gather(1, targets[:, None])[:, 0]
+        largest = logits.amax(dim=1, keepdim=True)
+        log_total = logits.sub_(largest).exp_().sum(dim=1).log_() + largest[:, 0]
+        return chosen - log_total
 
 
 def sequence_sums(token_logps: Tensor, rows: Tensor, n_rows: int) -> Tensor:

@@ -17,7 +17,7 @@ from pipeline.prompt_logprobs import response_logps
 from pipeline.scoring_plan import model_limits
 
 LOGITS_BYTES = 1 << 30  # what vocabulary-wide arrays may take at once
-_BYTES_PER_LOGIT = 24  # measured: logits, log-probs and what ranking them takes
+_BYTES_PER_LOGIT = 32  # measured 24: logits, log-probs and what ranking them takes; and holes in the heap
 
 
 class Backend(ABC):
