@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import deepspeed.comm as dist
 import torch
 from torch import Tensor, nn
 
+from pipeline.checkpoints import complete_checkpoints, place, remove, seal
 from pipeline.params import LoopParams
 
 
@@ -63,15 +65,38 @@ class Engine:
         dist.all_reduce(values)
         return values
 
-    def save_checkpoint(self, folder: Path, step: int) -> None:
-        """Write a checkpoint; it counts only once its marker, written last, is there."""
-        tag = f"step-{step:08d}"
+    def weights_are_finite(self) -> bool:
+        """Whether no parameter of any rank holds NaN or inf. Collective."""
+        parts = (getattr(parameter, "ds_tensor", parameter) for parameter in self.engine.module.parameters())
+        bad = sum(int(not torch.isfinite(part.detach()).all()) for part in parts)
+        return self.sum_over_ranks(torch.tensor(float(bad), device=self.device)).item() == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in their order. Collective."""
+        found: list[Any] = [None] * self.ranks
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+    def save_checkpoint(self, folder: Path, step: int, *, beside: Sequence[Path] = ()) -> None:
+        """Write a checkpoint; it counts only once its marker, written last, is there.
+
+        beside: files of rank 0 that belong to this step; copies go into the checkpoint.
+        """
+        if self.rank == 0:
+            remove(folder, step)
+        dist.barrier()
         self.engine.save_checkpoint(
-            str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=self.partial, client_state={"step": step}
+            str(folder),
+            tag=place(folder, step).name,
+            save_latest=False,
+            exclude_frozen_parameters=self.partial,
+            client_state={"step": step},
         )
         dist.barrier()
         if self.rank == 0:
-            (folder / f"{tag}.complete").touch()
+            for file in beside:
+                shutil.copyfile(file, place(folder, step) / file.name)
+            seal(folder, step)
         dist.barrier()
 
     def load_newest_checkpoint(self, folder: Path) -> int:
@@ -81,17 +106,11 @@ class Engine:
             return 0
         self.engine.load_checkpoint(
             str(folder),
-            tag=f"step-{steps[-1]:08d}",
+            tag=place(folder, steps[-1]).name,
             load_module_strict=not self.partial,
             load_lr_scheduler_states=False,
         )
         return steps[-1]
-
-    def prune_checkpoints(self, folder: Path, keep: int) -> None:
-        if self.rank == 0:
-            for step in complete_checkpoints(folder)[:-keep]:
-                (folder / f"step-{step:08d}.complete").unlink()
-                shutil.rmtree(folder / f"step-{step:08d}")
 
     def gathered_state(self, module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
         """Full weights by parameter name on rank 0 (empty elsewhere), one parameter at a time under ZeRO-3."""
@@ -110,9 +129,29 @@ def init_distributed() -> None:
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
 
 
-def complete_checkpoints(folder: Path) -> list[int]:
-    """Steps whose checkpoint is complete, oldest first."""
-    return sorted(int(marker.stem.removeprefix("step-")) for marker in folder.glob("step-*.complete"))
+@contextlib.contextmanager
+def divided_from_the_start(loop: LoopParams, *, micro_steps: int) -> Iterator[None]:
+    """Under ZeRO-3, a model that transformers loads in this block has its parameters divided among the ranks at once.
+
+    Otherwise every rank would hold all of it until the engine divides it.
+    """
+    if loop.zero_stage != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    init_distributed()
+    in_force = HfDeepSpeedConfig(_config(loop, micro_steps, dist.get_world_size()))  # transformers holds it weakly
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del in_force
+
+
+def leave_distributed() -> None:
+    dist.destroy_process_group()
 
 
 def _whole(parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:

@@ -196,6 +196,9 @@ Trainable = Literal["all", "last_block", "head"] | LastFraction | Lora
 
 
 class TrainParams(LoopParams):
+    evaluate_every: NonNegative = 0  # optimizer steps between measurements of held-out pairs; 0: none
+    evaluate_pairs: Positive = 64  # of the test split, the same ones every time and for every variant
+    log_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # beside history.tsv
     drift_tolerance: Annotated[float, Field(gt=0)] = 0.25  # nats per sequence, 99th percentile of the measured sample
     variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")], AnyVariant] = Field(min_length=1)
 

@@ -10,13 +10,15 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from cache import join_sum_logps, locate, open_reference
-from pipeline.deepspeed_engine import Engine
+from pipeline.deepspeed_engine import Engine, divided_from_the_start
+from pipeline.held_out import HeldOutPairs
 from pipeline.launch import Job
 from pipeline.logps import ResponseLogps, collate, sequence_sums
 from pipeline.models import disable_dropout, load_policy_start
 from pipeline.objectives import OBJECTIVES, PairLogps
 from pipeline.params import LoopParams, Trainable
-from pipeline.prepared_data import PAIR_SIDES, scan_pairs, scan_responses
+from pipeline.prepared_data import PAIR_SIDES, name_pairs, scan_pairs, scan_responses
+from pipeline.splitting import held_out_rows
 from pipeline.start_check import StartCheck
 from pipeline.trainable import select_trainable
 from pipeline.training import micro_steps_for
@@ -35,16 +37,23 @@ class PreferenceTask:
         hyperparameters: dict[str, Any],
         reward_beta: float,
         drift_tolerance: float,
+        split: str = "train",
+        most: int | None = None,
     ) -> None:
-        """reward_beta: inverse temperature of the reward metrics.
+        """split: "train" or "test"; most: take no more than so many pairs of it.
+
+        reward_beta: inverse temperature of the reward metrics.
 
         drift_tolerance: nats a response by which the policy may differ from the cached reference at the start.
         """
         self.objective, self.hyperparameters = OBJECTIVES[objective], hyperparameters
         self.beta = reward_beta
-        table = scan_pairs(pairs).filter(pl.col("split") == "train").select(PAIR_SIDES).collect()
+        table = scan_pairs(pairs).filter(pl.col("split") == split).select(PAIR_SIDES).collect()
+        if most is not None:
+            table = table[held_out_rows(len(table), most)]
         self.start = StartCheck(reference, pairs, drift_tolerance)
-        responses = scan_responses(pairs).select("response_key", "prompt_ids", "response_ids").collect()
+        of_split = scan_responses(pairs).filter(pl.col("split") == split)
+        responses = of_split.select("response_key", "prompt_ids", "response_ids").collect()
         self.prompts = responses["prompt_ids"]
         self.responses = responses["response_ids"]
         self.response_lengths = responses["response_ids"].list.len().to_numpy().astype(np.int64)
@@ -91,6 +100,9 @@ class PreferenceTask:
                 "in_distribution_logp": torch.logaddexp(pair.chosen, pair.rejected).sum(),
             }
 
+    def names(self, examples: np.ndarray) -> list[str]:
+        return name_pairs(self.start.pairs, "train", examples.tolist())
+
     def summarise(self, sums: dict[str, float], batch: np.ndarray) -> dict[str, float]:
         self.start.judge(sums, len(batch))
         row = {name: value / len(batch) for name, value in sums.items()}
@@ -102,17 +114,26 @@ class PreferenceTask:
 def start(job: Job, loop: LoopParams) -> tuple[Engine, PreferenceTask, nn.Module]:
     """Engine, task and policy of one rank; no reference model is loaded."""
     trainable = TypeAdapter(Trainable).validate_python(job.settings["trainable"])
-    model = select_trainable(load_policy_start(Path(job.paths["model"])), trainable)
+    with divided_from_the_start(loop, micro_steps=micro_steps_for(loop)):
+        model = load_policy_start(Path(job.paths["model"]))
+    model = select_trainable(model, trainable)
     if loop.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     disable_dropout(model).train()
-    task = PreferenceTask(
-        Path(job.paths["pairs"]),
-        Path(job.paths["reference"]),
-        objective=job.settings["objective"],
-        hyperparameters=job.settings["hyperparameters"],
-        reward_beta=job.settings["reward_beta"],
-        drift_tolerance=job.settings["drift_tolerance"],
-    )
+    task = open_task(job)
     engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
     return engine, task, model
+
+
+def open_task(job: Job, *, split: str = "train", most: int | None = None) -> PreferenceTask:
+    names = ("objective", "hyperparameters", "reward_beta", "drift_tolerance")
+    paths = (Path(job.paths[name]) for name in ("pairs", "reference"))
+    return PreferenceTask(*paths, **{name: job.settings[name] for name in names}, split=split, most=most)
+
+
+def held_out(job: Job, loop: LoopParams) -> HeldOutPairs | None:
+    """Pairs of the test split to measure while training, if the params ask for it."""
+    every = job.settings["evaluate_every"]
+    if not every:
+        return None
+    return HeldOutPairs(open_task(job, split="test", most=job.settings["evaluate_pairs"]), loop, every=every)

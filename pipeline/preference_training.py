@@ -10,9 +10,13 @@ from cache import Reference, require_keys
 from pipeline.drift import FILE, count_flagged, open_for_model, values_digest
 from pipeline.errors import RequestError
 from pipeline.history import last_row
-from pipeline.launch import Job, file_digest, launch, publish, work_folder
+from pipeline.launch import Job, file_digest, launch, publish, require_steps, work_folder
+from pipeline.objective_params import AnyVariant
 from pipeline.params import LoopParams, Trainable, TrainParams, variant_loop
 from pipeline.prepared_data import PAIR_SIDES, scan_pairs
+from pipeline.run_record import EVALUATIONS
+from pipeline.splitting import held_out_rows
+from pipeline.trackers import require_trackers
 from pipeline.workspace import scratch_folder
 
 
@@ -31,36 +35,35 @@ def train_policy(
 ) -> dict[str, Any]:
     """Train `variant` with `seed` from the reference's weights, without a reference model; returns train.json's dict.
 
-    Raises RequestError for an unknown variant, an empty split or too much drift, CacheMismatch for a cache of other
+    With train.evaluate_every, held-out pairs are measured into evaluations.tsv beside `history`. Returns {} where this
+    process is another rank than 0 (torchrun, srun). Raises RequestError for an unknown variant, an empty split,
+    settings without a step, a tracker that is not installed or too much drift, CacheMismatch for a cache of other
     weights, CacheIncomplete for missing rows: all before any model is loaded.
     """
     if variant not in params.variants:
         raise RequestError(f"--variant {variant!r} is not in train.variants, which has {sorted(params.variants)}.")
     settings = variant_loop(params, variant)
-    train_pairs = scan_pairs(pairs).filter(pl.col("split") == "train").select(PAIR_SIDES).collect()
-    if train_pairs.is_empty():
-        raise RequestError(f"{pairs} has no training pairs. Add pairs, or lower prepare.test_share.")
+    train_pairs, needed = _pairs_of_splits(pairs, settings)
+    require_steps(settings, train_pairs, "train")
+    require_trackers(settings.log_to)
     cached = open_for_model(reference, model)
-    require_keys(cached, train_pairs.to_arrow().to_batches(), scratch=scratch_folder())
+    require_keys(cached, needed.to_arrow().to_batches(), scratch=scratch_folder())
     check_drift(cached, dtype=settings.dtype, tolerance=settings.drift_tolerance)
     objective = params.variants[variant]
-    loop = settings.model_dump(include=set(LoopParams.model_fields))
     job = Job(
         kind="preferences",
+        title=f"{variant}-{seed}",
         paths={"pairs": str(pairs), "model": str(model), "reference": str(reference), "tokenizer": str(model)},
-        loop=loop,
-        settings={
-            "objective": objective.objective,
-            "hyperparameters": objective.hyperparameters(),
-            "reward_beta": objective.reward_beta,
-            "drift_tolerance": settings.drift_tolerance,
-            "trainable": trainable if isinstance(trainable, str) else trainable.model_dump(),
-        },
+        loop=settings.model_dump(include=set(LoopParams.model_fields)),
+        settings=_task_settings(settings, objective, trainable),
         seed=seed,
+        log_to=tuple(settings.log_to),
     )
     inputs = [pairs / "pairs.parquet", pairs / "responses.parquet", reference / "manifest.json"]
     work = work_folder(job, cached.identity.weights, cached.identity.config, *map(file_digest, inputs))
-    summary = launch(job, work, loop=settings, n_examples=len(train_pairs), title=f"train {variant}-{seed}")
+    summary = launch(job, work, loop=settings, n_examples=train_pairs)
+    if summary is None:
+        return {}  # rank 0 publishes
     final = last_row(work / "history.tsv")
     final.pop("step")
     summary = {
@@ -69,12 +72,42 @@ def train_policy(
         "objective": objective.objective,
         "hyperparameters": objective.hyperparameters(),
         "trainable": job.settings["trainable"],
-        "pairs": len(train_pairs),
+        "pairs": train_pairs,
         **summary,
         "final": final,
     }
-    publish(work, out=out, history=history, metrics=metrics, summary=summary)
+    evaluations = history.with_name(EVALUATIONS)
+    publish(work, out=out, history=history, evaluations=evaluations, metrics=metrics, summary=summary)
     return summary
+
+
+def _task_settings(settings: TrainParams, objective: AnyVariant, trainable: Trainable) -> dict[str, Any]:
+    """What pipeline/preference_task.py is told beside the loop's parameters."""
+    return {
+        "objective": objective.objective,
+        "hyperparameters": objective.hyperparameters(),
+        "reward_beta": objective.reward_beta,
+        "drift_tolerance": settings.drift_tolerance,
+        "trainable": trainable if isinstance(trainable, str) else trainable.model_dump(),
+        "evaluate_every": settings.evaluate_every,
+        "evaluate_pairs": settings.evaluate_pairs,
+    }
+
+
+def _pairs_of_splits(pairs: Path, settings: TrainParams) -> tuple[int, pl.DataFrame]:
+    """The number of training pairs, and the sides of every pair that this run reads."""
+    sides = scan_pairs(pairs).select("split", *PAIR_SIDES).collect()
+    train, test = (sides.filter(pl.col("split") == split).select(PAIR_SIDES) for split in ("train", "test"))
+    if train.is_empty():
+        raise RequestError(f"{pairs} has no training pairs. Add pairs, or lower prepare.test_share.")
+    if not settings.evaluate_every:
+        return len(train), train
+    if test.is_empty():
+        raise RequestError(
+            f"train.evaluate_every is {settings.evaluate_every}, but {pairs} holds no pair out of training. "
+            "Raise prepare.test_share, name test pairs in prepare, or set train.evaluate_every: 0."
+        )
+    return len(train), pl.concat([train, test[held_out_rows(len(test), settings.evaluate_pairs)]])
 
 
 def check_drift(reference: Reference, *, dtype: str, tolerance: float) -> None:

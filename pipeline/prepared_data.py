@@ -88,6 +88,12 @@ def scan_responses(folder: Path) -> pl.LazyFrame:
     return _scan(folder / "responses.parquet", RESPONSES_SCHEMA)
 
 
+def name_pairs(folder: Path, split: str, numbers: Sequence[int]) -> list[str]:
+    """What people call pairs that are numbered within their split: pair_id and the line they come from."""
+    pairs = scan_pairs(folder).filter(pl.col("split") == split).select("pair_id", "source").collect()
+    return [f"pair {pair_id} ({source})" for pair_id, source in pairs[list(numbers)].iter_rows()]
+
+
 def iter_responses(folder: Path, columns: Sequence[str], *, rows: int) -> Iterator[pl.DataFrame]:
     """The responses in file order, at most `rows` at a time, so that memory does not grow with the file."""
     scan_responses(folder)

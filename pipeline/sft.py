@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.errors import RequestError
 from pipeline.history import last_row
-from pipeline.launch import Job, file_digest, launch, publish, work_folder
+from pipeline.launch import Job, file_digest, launch, publish, require_steps, work_folder
 from pipeline.params import ModelParams, SftParams
 from pipeline.prepared_data import read_sft
 
@@ -23,8 +23,10 @@ def fine_tune(
     rows = read_sft(sft)
     if rows.is_empty():
         raise RequestError(f"{sft} has no rows to train on. Set prepare.sft.source, or sft.epochs: 0.")
+    require_steps(params, len(rows), "sft")
     job = Job(
         kind="sft",
+        title="sft",
         paths={"sft": str(sft), "tokenizer": str(tokenizer)},
         loop=params.model_dump(exclude={"seed"}),
         settings={"model": model.model_dump()},
@@ -32,7 +34,9 @@ def fine_tune(
     )
     tokenizer_files = sorted(file for file in tokenizer.iterdir() if file.is_file())
     work = work_folder(job, file_digest(sft), *map(file_digest, tokenizer_files))
-    summary = launch(job, work, loop=params, n_examples=len(rows), title="sft")
+    summary = launch(job, work, loop=params, n_examples=len(rows))
+    if summary is None:
+        return {}  # rank 0 publishes
     summary["loss"] = last_row(work / "history.tsv")["loss"]
     publish(work, out=out, history=history, metrics=metrics, summary=summary)
     return summary

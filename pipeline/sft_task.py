@@ -18,6 +18,7 @@ class SftTask:
     """Cross-entropy of the completion tokens, averaged over all completion tokens of the batch."""
 
     def __init__(self, rows: Path) -> None:
+        self.rows = rows
         table = read_sft(rows)
         self.prompts = [ids.to_numpy() for ids in table["prompt_ids"]]
         self.responses = [ids.to_numpy() for ids in table["response_ids"]]
@@ -28,6 +29,9 @@ class SftTask:
         tokens = collate([(self.prompts[i], self.responses[i]) for i in micro]).to(engine.device)
         nll = -engine(*tokens).sum()
         return nll / float(self.response_lengths[batch].sum()), {"nll": nll}
+
+    def names(self, examples: np.ndarray) -> list[str]:
+        return [f"row {row} of {self.rows}" for row in examples.tolist()]
 
     def summarise(self, sums: dict[str, float], batch: np.ndarray) -> dict[str, float]:
         return {"loss": sums["nll"] / float(self.response_lengths[batch].sum())}
@@ -42,3 +46,7 @@ def start(job: Job, loop: LoopParams) -> tuple[Engine, SftTask, nn.Module]:
     model.train()
     engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
     return engine, SftTask(Path(job.paths["sft"])), model
+
+
+def held_out(job: Job, loop: LoopParams) -> None:
+    """Nothing: prepare keeps no sft rows back."""

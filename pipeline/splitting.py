@@ -2,6 +2,8 @@
 
 from hashlib import blake2b
 
+import numpy as np
+
 
 def share_of(text: str, *, seed: int, purpose: str) -> float:
     """A number in [0, 1) made of the arguments alone: uniform over texts, independent between purposes."""
@@ -21,3 +23,11 @@ def side_of(prompt_text: str, *, seed: int, test_share: float) -> str:
 def is_selected(prompt_text: str, *, share: float) -> bool:
     """Whether the prompt belongs to the `share` of prompts whose chosen responses become sft rows."""
     return share_of(prompt_text, seed=0, purpose="sft rows") < share
+
+
+def held_out_rows(pairs: int, most: int) -> np.ndarray:
+    """Which of the test split's pairs are measured while training: `most` of them, ascending.
+
+    The same for every variant and seed, so that their curves compare.
+    """
+    return np.sort(np.random.default_rng(0).permutation(pairs)[:most])

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from pipeline.batches import batch_indices, micro_batches, steps_for
+from pipeline.checkpoints import complete_checkpoints, place, prune
 from pipeline.deepspeed_engine import Engine
 from pipeline.errors import RunFailed
-from pipeline.history import History
 from pipeline.params import LoopParams
+from pipeline.run_record import RunRecord
+from pipeline.trackers import Tracker
 
 Sums = Mapping[str, Tensor]
 
@@ -29,6 +31,18 @@ class Task(Protocol):
 
     def summarise(self, sums: dict[str, float], batch: np.ndarray) -> dict[str, float]:
         """The history's columns from sums over the whole batch."""
+
+    def names(self, examples: np.ndarray) -> list[str]:
+        """What people call these examples: ids, source lines."""
+
+
+class HeldOut(Protocol):
+    """Examples that don't train, measured now and then."""
+
+    def due(self, step: int, steps: int) -> bool: ...
+
+    def measure(self, engine: Engine) -> dict[str, float]:
+        """Means over the examples, the same on every rank. Collective."""
 
 
 def learning_rate_at(step: int, *, steps: int, loop: LoopParams) -> float:
@@ -46,54 +60,117 @@ def micro_steps_for(loop: LoopParams) -> int:
     return math.ceil(loop.batch_size // loop.ranks / loop.micro_batch_size)
 
 
-def run_loop(engine: Engine, task: Task, loop: LoopParams, *, seed: int, work: Path) -> int:
+def run_loop(
+    engine: Engine,
+    task: Task,
+    loop: LoopParams,
+    *,
+    seed: int,
+    work: Path,
+    held_out: HeldOut | None = None,
+    trackers: Callable[[int], Sequence[Tracker]] = lambda start: (),
+) -> int:
     """Train to the end, from the newest checkpoint in `work` if there is one; returns the step it resumed from.
 
-    Writes work/history.tsv (rank 0) and work/checkpoints/. Raises RunFailed on a loss that is not finite.
+    Rank 0 writes work/history.tsv, work/evaluations.tsv if something is held out, work/checkpoints/, and to the
+    trackers, which it opens with the step it starts from. Raises RunFailed on a loss, gradient or weight that is not
+    finite.
     """
     steps = steps_for(loop.epochs, len(task.lengths), loop.batch_size)
     checkpoints = work / "checkpoints"
     start = engine.load_newest_checkpoint(checkpoints)
-    history = History(work / "history.tsv", keep_steps=start) if engine.rank == 0 else None
+    record = (
+        RunRecord(work, start, saved=place(checkpoints, start), trackers=trackers(start)) if not engine.rank else None
+    )
     for step in range(start, steps):
-        # Reseeded every step, so that dropout, if any, is the same after a resume.
-        torch.manual_seed(hash((seed, step, engine.rank)) & 0xFFFFFFFF)
-        started = time.perf_counter()
-        batch = batch_indices(step, seed=seed, n_examples=len(task.lengths), batch_size=loop.batch_size)
-        learning_rate = learning_rate_at(step, steps=steps, loop=loop)
-        engine.set_learning_rate(learning_rate)
-        sums = _one_step(engine, task, loop, batch)
-        row = {"step": step + 1, "epoch": (step + 1) * loop.batch_size / len(task.lengths)}
-        row |= task.summarise(sums, batch)
-        row |= {
-            "grad_norm": engine.grad_norm(),
-            "lr": learning_rate,
-            "tokens_per_second": float(task.lengths[batch].sum()) / (time.perf_counter() - started),
-        }
-        if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-            raise RunFailed(
-                f"loss {row['loss']}, gradient norm {row['grad_norm']} at step {step + 1} (examples {batch.tolist()}). "
-                f"The last good checkpoint is in {checkpoints}; lower the learning rate and run again."
-            )
-        if history:
-            history.append(row)
+        row = _step_row(engine, task, loop, step, steps=steps, seed=seed, checkpoints=checkpoints)
+        if record:
+            record.trained(row)
+        if held_out and held_out.due(step + 1, steps):
+            measured = held_out.measure(engine)
+            if record:
+                record.evaluated({"step": step + 1} | measured)
         if (step + 1) % loop.checkpoint_every == 0 and step + 1 < steps:
-            engine.save_checkpoint(checkpoints, step + 1)
-            engine.prune_checkpoints(checkpoints, loop.keep_checkpoints)
+            _require_finite_weights(engine, step + 1, checkpoints)
+            engine.save_checkpoint(checkpoints, step + 1, beside=record.files() if record else ())
+            if record:
+                prune(checkpoints, loop.keep_checkpoints)
+    _require_finite_weights(engine, steps, checkpoints)
+    if record:
+        record.close()
     return start
 
 
-def _one_step(engine: Engine, task: Task, loop: LoopParams, batch: np.ndarray) -> dict[str, float]:
+def _step_row(
+    engine: Engine, task: Task, loop: LoopParams, step: int, *, steps: int, seed: int, checkpoints: Path
+) -> dict[str, float]:
+    """Make optimizer step `step` (0-based); its row of the history."""
+    # Reseeded every step, so that dropout, if any, is the same after a resume.
+    torch.manual_seed(hash((seed, step, engine.rank)) & 0xFFFFFFFF)
+    started = time.perf_counter()
+    batch = batch_indices(step, seed=seed, n_examples=len(task.lengths), batch_size=loop.batch_size)
+    learning_rate = learning_rate_at(step, steps=steps, loop=loop)
+    engine.set_learning_rate(learning_rate)
+    sums, losses = _one_step(engine, task, loop, batch)
+    row = {"step": step + 1, "epoch": (step + 1) * loop.batch_size / len(task.lengths)}
+    row |= task.summarise(sums, batch)
+    row |= {
+        "grad_norm": engine.grad_norm(),
+        "lr": learning_rate,
+        "tokens_per_second": float(task.lengths[batch].sum()) / (time.perf_counter() - started),
+    }
+    if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
+        suspects = np.concatenate(engine.gather(_not_finite(losses)))
+        raise RunFailed(
+            f"loss {row['loss']}, gradient norm {row['grad_norm']} at step {step + 1}, training on "
+            f"{_listed(task.names(suspects if len(suspects) else batch))}. "
+            f"{_newest(checkpoints)} Look at these examples, or lower the learning rate and run again."
+        )
+    return row
+
+
+def _one_step(
+    engine: Engine, task: Task, loop: LoopParams, batch: np.ndarray
+) -> tuple[dict[str, float], list[tuple[np.ndarray, Tensor]]]:
+    """Sums over the batch; and this rank's micro-batches, each with its share of the loss."""
     totals: dict[str, Tensor] = {}
+    losses = []
     micros = micro_batches(
         batch, task.lengths, rank=engine.rank, ranks=engine.ranks, micro_batch_size=loop.micro_batch_size
     )
     for micro in micros:
         loss, sums = task.loss(engine, micro, batch)
+        losses.append((micro, loss.detach()))
         engine.backward(loss)
         engine.step()
         for name, value in sums.items():
             totals[name] = totals.get(name, 0) + value.detach().double()
     # One collective for all metrics; float64, so that the history doesn't depend on how many ranks added it up.
     values = engine.sum_over_ranks(torch.stack(list(totals.values()))).tolist()
-    return dict(zip(totals, values, strict=True))
+    return dict(zip(totals, values, strict=True)), losses
+
+
+def _not_finite(losses: Sequence[tuple[np.ndarray, Tensor]]) -> np.ndarray:
+    """The examples of the micro-batches whose loss is NaN or inf."""
+    return np.concatenate([micro[:0] if math.isfinite(float(loss)) else micro for micro, loss in losses])
+
+
+def _require_finite_weights(engine: Engine, step: int, checkpoints: Path) -> None:
+    """An update can overflow although loss and gradient were finite; resuming from it would be of no use."""
+    if not engine.weights_are_finite():
+        raise RunFailed(
+            f"weights became NaN or inf in the update of step {step}; they are not saved. {_newest(checkpoints)} "
+            "Lower the learning rate and run again."
+        )
+
+
+def _newest(checkpoints: Path) -> str:
+    complete = complete_checkpoints(checkpoints)
+    if not complete:
+        return "There is no checkpoint yet."
+    return f"The last good checkpoint is {place(checkpoints, complete[-1])}."
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

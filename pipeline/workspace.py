@@ -45,6 +45,13 @@ def log_file(name: str) -> Path:
     return folder / f"{name}.log"
 
 
+def tracker_folder(name: str) -> Path:
+    """What TensorBoard or Weights & Biases keep of all runs; exists on return."""
+    folder = workspace() / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def scratch_folder() -> Path:
     """For files that live as long as one stage; exists on return."""
     folder = workspace() / "tmp"

@@ -34,7 +34,9 @@ def command(
 ) -> None:
     """Train one policy against the reference cache with DeepSpeed; no reference model is loaded.
 
-    A killed run goes on from its newest checkpoint when the same command runs again.
+    A killed run goes on from its newest checkpoint when the same command runs again. Held-out pairs, if
+    train.evaluate_every asks for them, are measured into evaluations.tsv beside the history. Under torchrun or srun
+    each process is one rank.
 
     \b
     Example:

@@ -1,10 +1,12 @@
 """Tiny prepared data, tokenizer and reference for tests that start real engines."""
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -127,9 +129,17 @@ def _loaded(model: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
 
-def write_reference_cache(out: Path, pairs: Path, model: Path, *, drift: float = 1e-5, dtype: str = "float32") -> Path:
+def write_reference_cache(
+    out: Path,
+    pairs: Path,
+    model: Path,
+    *,
+    drift: float = 1e-5,
+    dtype: str = "float32",
+    splits: Sequence[str] = ("train", "test"),
+) -> Path:
     """A reference cache of `pairs` under `model`, without an engine, claiming `drift` nats a sequence (p99)."""
-    responses = read_responses(pairs)
+    responses = read_responses(pairs).filter(pl.col("split").is_in(splits))
     rows = logps_table(
         response_keys=responses["response_key"].to_list(),
         prompt_keys=responses["prompt_key"].to_list(),

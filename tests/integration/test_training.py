@@ -1,14 +1,12 @@
-"""Training for real, under DeepSpeed's launcher: the step-0 invariant, layouts, resume, refusals."""
+"""What training does: the step-0 invariant, layouts, objectives and dtypes, guard rails, held-out pairs, refusals.
 
-import csv
-import json
+The ranks are forks that find themselves started as under torchrun (rank_nursery.py). How ranks are started for real is
+in test_launching.py; kills are there and in test_resume.py.
+"""
+
 import math
-import os
+import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,11 +16,11 @@ from safetensors.torch import load_file
 from cache import CacheIncomplete, CacheMismatch, open_reference
 from pipeline.batches import batch_indices
 from pipeline.drift import ensure_drift
-from pipeline.errors import RequestError, RunFailed
-from pipeline.params import Params, TrainParams
+from pipeline.errors import RequestError
+from pipeline.params import TrainParams
 from pipeline.preference_training import train_policy
 from pipeline.prepared_data import read_pairs, scan_responses
-from pipeline.sft import fine_tune
+from tests.integration.trainings import TRAIN, RanksEnded, inputs, outputs, read_table, without_speed
 from tests.tiny import (
     TINY_MODEL,
     shift_row,
@@ -35,44 +33,185 @@ from tests.tiny import (
 
 pytestmark = pytest.mark.slow
 
-TRAIN = {
-    "epochs": 2.0,
-    "batch_size": 8,
-    "micro_batch_size": 3,
-    "learning_rate": 3e-3,
-    "checkpoint_every": 3,
-    "variants": {"dpo": {"objective": "dpo", "beta": 0.5}, "bdpo": {"objective": "bdpo", "beta": 0.5, "mixture": 0.3}},
-}
-
-
-@pytest.fixture(scope="module")
-def phase_one(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("phase-one")
-    model, pairs = write_model(root / "model"), write_pairs(root / "pairs", 24)
-    write_reference_cache(root / "logps", pairs, model)
-    return root
-
 
 @pytest.fixture(autouse=True)
 def own_workspace(tmp_path, monkeypatch):
     monkeypatch.setenv("REFCACHE_HOME", str(tmp_path / "work"))
 
 
-def train(root: Path, out: Path, *, variant: str = "dpo", seed: int = 0, trainable="all", **settings):
-    """Run one cell; returns train.json's content and the history."""
-    summary = train_policy(
-        variant=variant,
-        seed=seed,
-        pairs=root / "pairs",
-        model=root / "model",
-        reference=root / "logps",
-        out=out / "policy",
-        history=out / "history.tsv",
-        metrics=out / "train.json",
-        params=TrainParams.model_validate(TRAIN | settings),
-        trainable=trainable,
+def test_the_first_loss_from_the_references_own_weights_is_log_two(one_rank):
+    assert one_rank.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert abs(one_rank.history[0]["rewards/margins"]) < 1e-4
+
+
+def test_a_row_that_is_off_by_a_nat_outside_the_drift_sample_stops_the_run_before_its_first_row_of_history(
+    nursery, phase_one, tmp_path
+):
+    shutil.copytree(phase_one, tmp_path / "other")
+    pairs = read_pairs(phase_one / "pairs", "train")
+    first = batch_indices(0, seed=0, n_examples=len(pairs), batch_size=8)
+    off = pairs.row(int(first[5]), named=True)
+    shift_row(tmp_path / "other/logps", off["rejected_key"], 1.0)
+    with pytest.raises(RanksEnded, match=rf"1 nats in the rejected response of {off['source']}, .*--drift --repair"):
+        nursery.train(tmp_path / "other", tmp_path)
+    assert not (tmp_path / "policy").exists()
+    assert not any(len(file.read_text()) for file in tmp_path.glob("work/training/*/history.tsv"))
+
+
+def test_training_moves_margins_and_saves_a_whole_model_with_tokenizer(one_rank, phase_one):
+    history = one_rank.history
+    assert len(history) == one_rank.summary["steps"] == math.ceil(2 * 36 / 8)
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"] and history[-1]["rewards/accuracies"] > 0.8
+    assert one_rank.summary["pairs"] == 36  # the test pairs stay out
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy, start = one_rank.weights, load_file(phase_one / "model/model.safetensors")
+    assert policy.keys() == start.keys()
+    assert all((policy[name] != start[name]).any() for name in policy)
+    AutoModelForCausalLM.from_pretrained(one_rank.out / "policy")
+    assert AutoTokenizer.from_pretrained(one_rank.out / "policy").convert_tokens_to_ids("w7") == 7
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_two_ranks_give_the_history_of_one(nursery, one_rank, phase_one, tmp_path, zero_stage):
+    two = nursery.train(
+        phase_one, tmp_path, ranks=2, zero_stage=zero_stage, evaluate_every=4, evaluate_pairs=11, micro_batch_size=2
     )
-    return summary, read_history(out / "history.tsv")
+    for ours, theirs in ((two.history, one_rank.history), (two.evaluations, one_rank.evaluations)):
+        assert len(ours) == len(theirs)
+        for row, reference in zip(without_speed(ours), without_speed(theirs), strict=True):
+            assert row == pytest.approx(reference, abs=1e-4, rel=1e-4)
+    weights = two.weights
+    for name, expected in one_rank.weights.items():
+        torch.testing.assert_close(weights[name], expected, atol=1e-4, rtol=1e-3)
+
+
+class TestHeldOutPairs:
+    def test_they_are_measured_every_few_steps_and_at_the_end(self, one_rank):
+        assert [row["step"] for row in one_rank.evaluations] == [4, 8, 9]
+        assert one_rank.evaluations[-1].keys() == one_rank.history[-1].keys() - {
+            "epoch",
+            "grad_norm",
+            "lr",
+            "tokens_per_second",
+        }
+
+    def test_the_last_row_is_what_the_finished_policy_gives_them(self, one_rank, phase_one):
+        """With transformers' own forward of the policy, and the reference cache."""
+        from pipeline.splitting import held_out_rows
+        from tests.tiny import plain_logps
+
+        test = read_pairs(phase_one / "pairs", "test")
+        rows = held_out_rows(len(test), 11).tolist()
+        assert len(rows) == 11 < len(test)
+        responses = {row["response_key"]: row for row in scan_responses(phase_one / "pairs").collect().to_dicts()}
+        logps = open_reference(phase_one / "logps", expect=None).scan().select("response_key", "sum_logp").collect()
+        cached = dict(logps.iter_rows())
+        policy = one_rank.out / "policy"
+
+        def reward(key):
+            row = responses[key]
+            return 0.5 * (sum(plain_logps(policy, row["prompt_ids"], row["response_ids"])) - cached[key])
+
+        rewards = [[reward(test[side][row]) for side in ("chosen_key", "rejected_key")] for row in rows]
+        last = one_rank.evaluations[-1]
+        assert last["rewards/margins"] == pytest.approx(sum(c - r for c, r in rewards) / 11, abs=1e-4)
+        assert last["loss"] == pytest.approx(sum(math.log1p(math.exp(r - c)) for c, r in rewards) / 11, abs=1e-4)
+        assert last["dcr"] == pytest.approx(sum(c < 0 for c, _ in rewards) / 11)
+
+    def test_measuring_does_not_change_the_training(self, nursery, one_rank, phase_one, tmp_path):
+        without = nursery.train(phase_one, tmp_path, checkpoint_every=100)
+        assert without_speed(without.history) == without_speed(one_rank.history)
+        assert all((without.weights[name] == value).all() for name, value in one_rank.weights.items())
+        assert (tmp_path / "evaluations.tsv").read_text() == "step\n"
+
+
+def test_bf16_lora_checkpointing_and_bdpo_run_together_and_publish_an_adapter(nursery, phase_one, tmp_path):
+    write_reference_cache(tmp_path / "logps", phase_one / "pairs", phase_one / "model", dtype="bfloat16")
+    for name in ("pairs", "model"):
+        (tmp_path / name).symlink_to(phase_one / name)
+    done = nursery.train(
+        tmp_path,
+        tmp_path,
+        variant="bdpo",
+        trainable={"lora": {"r": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}},
+        dtype="bfloat16",
+        activation_checkpointing=True,
+        learning_rate=3e-2,
+    )
+    assert done.summary["objective"] == "bdpo"
+    assert done.history[0]["loss"] == pytest.approx(math.log(2), abs=0.05)  # bf16 rounding of a sequence, times beta
+    assert done.history[-1]["loss"] < done.history[0]["loss"]
+    assert (tmp_path / "policy/adapter_config.json").exists()
+    assert all("lora_" in name for name in done.weights)
+
+
+def test_frozen_parameters_come_out_as_they_went_in_under_zero_three(nursery, phase_one, tmp_path):
+    after = nursery.train(phase_one, tmp_path, trainable="last_block", ranks=2, zero_stage=3).weights
+    before = load_file(phase_one / "model/model.safetensors")
+    changed = {name for name in before if (before[name] != after[name]).any()}
+    assert changed == {name for name in before if ".layers.1." in name}
+
+
+def names(root: Path, numbers) -> list[str]:
+    pairs = read_pairs(root / "pairs", "train")
+    return [f"pair {pairs['pair_id'][int(n)]} ({pairs['source'][int(n)]})" for n in numbers]
+
+
+class TestDivergence:
+    def test_a_diverging_run_stops_at_once_naming_step_pairs_and_the_last_good_checkpoint(
+        self, nursery, phase_one, tmp_path
+    ):
+        with pytest.raises(RanksEnded) as caught:
+            nursery.train(phase_one, tmp_path, learning_rate=1e30, checkpoint_every=1)
+        assert caught.value.codes == [1]
+        [named] = re.findall(
+            r"at step 2, training on (.*?)\. The last good checkpoint is \S*step-0*1\.", caught.value.said
+        )
+        second = batch_indices(1, seed=0, n_examples=36, batch_size=8)
+        assert set(re.findall(r"pair \d+ \(tiny\.jsonl:\d+\)", named)) == set(names(phase_one, second))
+        assert "lower the learning rate" in caught.value.said
+
+    @pytest.mark.parametrize("ranks", [1, 2])
+    def test_a_nan_names_the_pairs_of_its_micro_batch_only(self, nursery, phase_one, tmp_path, ranks):
+        batch = batch_indices(1, seed=0, n_examples=36, batch_size=8)
+        [bad] = names(phase_one, batch[3:4])
+        with pytest.raises(RanksEnded) as caught:
+            nursery.train(phase_one, tmp_path, ranks=ranks, nan_pair=int(batch[3]))
+        assert "loss nan" in caught.value.said and "at step 2" in caught.value.said
+        named = set(re.findall(r"pair \d+ \(tiny\.jsonl:\d+\)", caught.value.said))
+        assert bad in named and named < set(names(phase_one, batch)) and len(named) <= 3
+        assert "There is no checkpoint yet" in caught.value.said
+        [history] = tmp_path.glob("work/training/*/history.tsv")
+        assert [row["step"] for row in read_table(history)] == [1]
+
+
+def test_sft_learns_from_scratch_and_reports_the_gradient_norm(nursery, tmp_path):
+    rows, tokenizer = write_sft(tmp_path / "sft.parquet", 40), write_tokenizer(tmp_path / "tokenizer")
+    nursery.sft(
+        tmp_path,
+        paths={
+            "sft": rows,
+            "tokenizer": tokenizer,
+            "out": tmp_path / "reference",
+            "history": tmp_path / "h.tsv",
+            "metrics": tmp_path / "m.json",
+        },
+        params={"epochs": 8.0, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-2},
+        model={"scratch": {"config": TINY_MODEL}},
+    )
+    history = read_table(tmp_path / "h.tsv")
+    assert history[0]["loss"] == pytest.approx(
+        math.log(64), abs=0.3
+    )  # a random model is near uniform over its vocabulary
+    assert history[-1]["loss"] < history[0]["loss"] - 0.3
+    assert all(row["grad_norm"] > 0 for row in history)
+
+
+def train(root: Path, out: Path, *, variant: str = "dpo", **settings):
+    """Run one cell in this process, as far as it gets without ranks."""
+    cell = {"variant": variant, "seed": 0, "trainable": "all"}
+    return train_policy(**cell, **inputs(root), **outputs(out), params=TrainParams.model_validate(TRAIN | settings))
 
 
 def measure_drift(root: Path, sample_size: int) -> dict:
@@ -88,174 +227,8 @@ def measure_drift(root: Path, sample_size: int) -> dict:
     )
 
 
-def read_history(path: Path) -> list[dict[str, float]]:
-    with path.open() as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file, delimiter="\t")]
-
-
-def without_speed(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in history]
-
-
-@pytest.fixture(scope="module")
-def one_rank(phase_one, tmp_path_factory):
-    out = tmp_path_factory.mktemp("one-rank")
-    os.environ["REFCACHE_HOME"] = str(out / "work")
-    return *train(phase_one, out), out
-
-
-def test_the_first_loss_from_the_references_own_weights_is_log_two(one_rank):
-    _, history, _ = one_rank
-    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert abs(history[0]["rewards/margins"]) < 1e-4
-
-
-def test_a_row_that_is_off_by_a_nat_outside_the_drift_sample_stops_the_run_before_its_first_row_of_history(
-    phase_one, tmp_path
-):
-    shutil.copytree(phase_one, tmp_path / "other")
-    pairs = read_pairs(phase_one / "pairs", "train")
-    first = batch_indices(0, seed=0, n_examples=len(pairs), batch_size=8)
-    off = pairs.row(int(first[5]), named=True)
-    shift_row(tmp_path / "other/logps", off["rejected_key"], 1.0)
-    with pytest.raises(RunFailed, match=f"1 nats in the rejected response of {off['source']}, .*--drift --repair"):
-        train(tmp_path / "other", tmp_path)
-    assert not (tmp_path / "policy").exists()
-    assert not any(len(file.read_text()) for file in tmp_path.glob("work/training/*/history.tsv"))
-
-
-def test_training_moves_margins_and_saves_a_whole_model_with_tokenizer(one_rank, phase_one):
-    summary, history, out = one_rank
-    assert len(history) == summary["steps"] == math.ceil(2 * 36 / 8)
-    assert history[-1]["loss"] < 0.9 * history[0]["loss"] and history[-1]["rewards/accuracies"] > 0.8
-    assert json.loads((out / "train.json").read_text())["pairs"] == 36  # the test pairs stay out
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    policy, start = load_file(out / "policy/model.safetensors"), load_file(phase_one / "model/model.safetensors")
-    assert policy.keys() == start.keys()
-    assert all((policy[name] != start[name]).any() for name in policy)
-    AutoModelForCausalLM.from_pretrained(out / "policy")
-    assert AutoTokenizer.from_pretrained(out / "policy").convert_tokens_to_ids("w7") == 7
-
-
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_two_ranks_give_the_history_of_one(one_rank, phase_one, tmp_path, zero_stage):
-    _, expected, whole = one_rank
-    _, history = train(phase_one, tmp_path, ranks=2, zero_stage=zero_stage)
-    assert len(history) == len(expected)
-    for row, reference in zip(without_speed(history), without_speed(expected), strict=True):
-        assert row == pytest.approx(reference, abs=1e-4, rel=1e-4)
-    ours, theirs = (load_file(out / "policy/model.safetensors") for out in (tmp_path, whole))
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
-
-
-def command(root: Path, out: Path, params: Path) -> list[str]:
-    paths = {"pairs": root / "pairs", "model": root / "model", "reference": root / "logps", "out": out / "policy"}
-    paths |= {"history": out / "history.tsv", "metrics": out / "train.json", "params": params}
-    options = [word for name, path in paths.items() for word in (f"--{name}", str(path))]
-    return [sys.executable, "-m", "stages", "train", "--variant", "dpo", "--seed", "0", *options]
-
-
-def params_file(path: Path) -> Path:
-    """A whole params.yaml around TRAIN; JSON is YAML."""
-    whole = {"model": {"name": "unused"}, "prepare": {}, "sft": {}, "score": {}, "trainable": "all", "train": TRAIN}
-    whole |= {"sweep": {"variants": ["dpo"], "seeds": [0]}, "evaluate": {}}
-    Params.model_validate(whole)
-    path.write_text(json.dumps(whole))
-    return path
-
-
-def test_a_run_killed_after_a_checkpoint_resumes_to_the_uninterrupted_result(one_rank, phase_one, tmp_path):
-    _, expected, whole = one_rank
-    stage = subprocess.Popen(command(phase_one, tmp_path, params_file(tmp_path / "params.yaml")))
-    work = tmp_path / "work" / "training"
-    deadline = time.monotonic() + 120
-    while not list(work.glob("*/checkpoints/step-00000003.complete")):
-        assert stage.poll() is None and time.monotonic() < deadline, "ended before its first checkpoint"
-        time.sleep(0.01)
-    ranks = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_rank(pid, work)]
-    assert ranks
-    stage.send_signal(signal.SIGKILL)
-    stage.wait()
-    while any(is_rank(pid, work) for pid in ranks):
-        assert time.monotonic() < deadline, "an orphaned rank trains on"
-        time.sleep(0.05)
-    assert not (tmp_path / "policy").exists()
-
-    summary, history = train(phase_one, tmp_path)
-    assert summary["resumed_from_step"] in (3, 6)
-    assert without_speed(history) == without_speed(expected)
-    ours, theirs = (load_file(out / "policy/model.safetensors") for out in (tmp_path, whole))
-    assert all((ours[name] == theirs[name]).all() for name in theirs)
-    assert not list(work.iterdir())  # checkpoints go when the run is published
-
-
-def is_rank(pid: int, work: Path) -> bool:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return b"pipeline.worker" in words and str(work).encode() in words and b"launcher" not in words
-    except OSError:
-        return False
-
-
-def test_bf16_lora_checkpointing_and_bdpo_run_together_and_publish_an_adapter(phase_one, tmp_path):
-    write_reference_cache(tmp_path / "logps", phase_one / "pairs", phase_one / "model", dtype="bfloat16")
-    for name in ("pairs", "model"):
-        (tmp_path / name).symlink_to(phase_one / name)
-    lora = {"lora": {"r": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}}
-    params = Params.model_validate(json.loads(params_file(tmp_path / "p.json").read_text()) | {"trainable": lora})
-    summary, history = train(
-        tmp_path,
-        tmp_path,
-        variant="bdpo",
-        trainable=params.trainable,
-        dtype="bfloat16",
-        activation_checkpointing=True,
-        learning_rate=3e-2,
-    )
-    assert summary["objective"] == "bdpo"
-    assert history[0]["loss"] == pytest.approx(math.log(2), abs=0.05)  # bf16 rounding of a sequence, times beta
-    assert history[-1]["loss"] < history[0]["loss"]
-    assert (tmp_path / "policy/adapter_config.json").exists()
-    assert all("lora_" in name for name in load_file(tmp_path / "policy/adapter_model.safetensors"))
-
-
-def test_frozen_parameters_come_out_as_they_went_in_under_zero_three(phase_one, tmp_path):
-    train(phase_one, tmp_path, trainable="last_block", ranks=2, zero_stage=3)
-    before, after = (load_file(f / "model.safetensors") for f in (phase_one / "model", tmp_path / "policy"))
-    changed = {name for name in before if (before[name] != after[name]).any()}
-    assert changed == {name for name in before if ".layers.1." in name}
-
-
-def test_a_diverging_run_stops_at_once_naming_the_step(phase_one, tmp_path):
-    with pytest.raises(RunFailed, match=r"at step \d+ .*lower the learning rate"):
-        train(phase_one, tmp_path, learning_rate=1e30)
-
-
-def test_sft_learns_from_scratch_and_reports_the_gradient_norm(tmp_path):
-    from pipeline.params import ModelParams, SftParams
-
-    rows, tokenizer = write_sft(tmp_path / "sft.parquet", 40), write_tokenizer(tmp_path / "tokenizer")
-    fine_tune(
-        sft=rows,
-        tokenizer=tokenizer,
-        out=tmp_path / "reference",
-        history=tmp_path / "h.tsv",
-        metrics=tmp_path / "m.json",
-        params=SftParams(epochs=8, batch_size=8, micro_batch_size=8, learning_rate=1e-2),
-        model=ModelParams.model_validate({"scratch": {"config": TINY_MODEL}}),
-    )
-    history = read_history(tmp_path / "h.tsv")
-    assert history[0]["loss"] == pytest.approx(
-        math.log(64), abs=0.3
-    )  # a random model is near uniform over its vocabulary
-    assert history[-1]["loss"] < history[0]["loss"] - 0.3
-    assert all(row["grad_norm"] > 0 for row in history)
-
-
 class TestRefusals:
-    """Before any model is loaded: no launcher is started, so these take milliseconds."""
+    """Before any model is loaded: no rank is started, so these take milliseconds."""
 
     def test_other_weights(self, phase_one, tmp_path):
         shutil.copytree(phase_one, tmp_path / "other")
@@ -292,3 +265,30 @@ class TestRefusals:
     def test_an_unknown_variant(self, phase_one, tmp_path):
         with pytest.raises(RequestError, match=r"'ipo' is not in train\.variants"):
             train(phase_one, tmp_path, variant="ipo")
+
+    def test_settings_without_a_single_step(self, phase_one, tmp_path):
+        with pytest.raises(RequestError, match=r"36 examples are fewer than one batch .*at least 0\.222"):
+            train(phase_one, tmp_path, epochs=0.1)
+
+    def test_an_empty_split(self, phase_one, tmp_path):
+        for name in ("model", "logps"):
+            (tmp_path / name).symlink_to(phase_one / name)
+        write_pairs(tmp_path / "pairs", 24, test_share=1.0)
+        with pytest.raises(RequestError, match=r"no training pairs.*test_share"):
+            train(tmp_path, tmp_path)
+        write_pairs(tmp_path / "pairs", 24, test_share=0.0)
+        with pytest.raises(RequestError, match=r"evaluate_every is 5, but .* holds no pair out"):
+            train(tmp_path, tmp_path, evaluate_every=5)
+
+    def test_a_held_out_pair_without_its_reference_value(self, phase_one, tmp_path):
+        """Training alone doesn't need it."""
+        for name in ("model", "pairs"):
+            (tmp_path / name).symlink_to(phase_one / name)
+        write_reference_cache(tmp_path / "logps", phase_one / "pairs", phase_one / "model", splits=("train",))
+        with pytest.raises(CacheIncomplete, match="dvc repro score"):
+            train(tmp_path, tmp_path, evaluate_every=5)
+
+    def test_a_tracker_that_is_not_installed(self, phase_one, tmp_path, monkeypatch):
+        monkeypatch.setattr("pipeline.trackers.find_spec", lambda name: None)
+        with pytest.raises(RequestError, match="pip install tensorboard wandb"):
+            train(phase_one, tmp_path, log_to=["tensorboard", "wandb"])

@@ -1,0 +1,27 @@
+"""What the training tests share: one process to fork ranks from, and one finished phase 1."""
+
+import pytest
+
+from tests.integration.trainings import Nursery
+from tests.tiny import write_model, write_pairs, write_reference_cache
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    with Nursery() as nursery:
+        yield nursery
+
+
+@pytest.fixture(scope="session")
+def phase_one(tmp_path_factory):
+    """Model, pairs (36 to train, 12 held out) and their reference cache."""
+    root = tmp_path_factory.mktemp("phase-one")
+    model, pairs = write_model(root / "model"), write_pairs(root / "pairs", 24)
+    write_reference_cache(root / "logps", pairs, model)
+    return root
+
+
+@pytest.fixture(scope="session")
+def one_rank(nursery, phase_one, tmp_path_factory):
+    """Nine steps that nobody disturbs, with checkpoints after the third and sixth."""
+    return nursery.train(phase_one, tmp_path_factory.mktemp("one-rank"), evaluate_every=4, evaluate_pairs=11)

@@ -1,0 +1,29 @@
+"""Held-out pairs are divided among ranks so that each is measured once and every rank does as many forwards."""
+
+from types import SimpleNamespace
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.held_out import HeldOutPairs
+from pipeline.params import SftParams
+from pipeline.splitting import held_out_rows
+
+
+@given(pairs=st.integers(1, 30), ranks=st.integers(1, 5), size=st.integers(1, 6), seed=st.integers(0, 9))
+def test_every_pair_counts_once_and_ranks_forward_alike_often(pairs, ranks, size, seed):
+    lengths = np.random.default_rng(seed).integers(1, 100, pairs)
+    held_out = HeldOutPairs(SimpleNamespace(lengths=lengths), SftParams(micro_batch_size=size), every=1)
+    shares = [held_out.micro_batches(SimpleNamespace(rank=rank, ranks=ranks)) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    counted = np.concatenate([micro for share in shares for micro, counts in share if counts])
+    assert sorted(counted.tolist()) == list(range(pairs))
+    assert all(0 < len(micro) <= size for share in shares for micro, _ in share)
+
+
+@given(st.integers(1, 200), st.integers(1, 250))
+def test_the_sample_is_the_same_every_time_and_as_large_as_asked(pairs, most):
+    rows = held_out_rows(pairs, most)
+    assert rows.tolist() == sorted(set(rows.tolist())) == held_out_rows(pairs, most).tolist()
+    assert len(rows) == min(pairs, most) and rows[-1] < pairs
