@@ -32,7 +32,7 @@ def margin_claims(params: LandscapeParams, dpo: Landscape, bdpo: Landscape) -> I
     corner = max(abs(bdpo.minimum[0] - 1), abs(bdpo.minimum[1]))
     yield Claim(
         "BDPO's minimum is at (1, 0), not all along an edge",
-        bdpo.abandoned > bdpo.best and corner < 2 / params.grid,
+        bdpo.abandoned - bdpo.best > 1e-9 and corner < 2 / params.grid,
         f"{bdpo.best:.3f} at (1, 0), {bdpo.abandoned:.3f} at {abandoned}; "
         f"smallest on the grid at ({bdpo.minimum[0]:.4f}, {bdpo.minimum[1]:.4f})",
     )
