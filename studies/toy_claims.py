@@ -69,14 +69,18 @@ def moved(params: ToyParams, runs: Runs) -> Moved:
 def papers_claims(params: ToyParams, runs: Runs) -> Iterator[Claim]:
     found = moved(params, runs)
     on_the_way, ended = found.passing["dpo"], found.ended["dpo"]
-    yield Claim("DPO moves mass out of distribution on the way", bool(on_the_way), found.places(on_the_way))
-    yield Claim("DPO has moved mass out of distribution in the end", bool(ended), found.places(ended))
+    yield Claim(
+        "DPO moves mass out of distribution on the way, in some setting", bool(on_the_way), found.places(on_the_way)
+    )
+    yield Claim(
+        "DPO has moved mass out of distribution at the last step, in some setting", bool(ended), found.places(ended)
+    )
     yield _none_out(found, "bdpo")
     lowest = _lowest_ratios(params, runs)
     # A fall, not the rounding of a policy that has not moved.
     fallen = {objective: ratio for objective, ratio in lowest.items() if ratio < 0.999}
     yield Claim(
-        "DPO lowers the chosen response, of some prompt at some time",
+        "DPO lowers the chosen response, of some prompt at some time in some setting",
         "dpo" in fallen,
         f"lowest chosen / reference {lowest['dpo']:.3f}. Below 1: "
         + (", ".join(f"{name} {ratio:.3f}" for name, ratio in fallen.items()) or "no objective"),
@@ -111,7 +115,7 @@ def own_claims(params: ToyParams, runs: Runs) -> Iterator[Claim]:
         "; ".join(f"{name} {found.places(found.passing[name])}" for name in WITH_NLL),
     )
     yield Claim(
-        "No objective has moved mass out of distribution in the end",
+        "No objective has moved mass out of distribution at the last step, in any setting",
         not any(found.ended.values()),
         "; ".join(f"{name} {found.places(where)}" for name, where in found.ended.items() if where) or "none did",
     )

@@ -36,7 +36,7 @@ SUMMARY = """
 ## Mass out of distribution
 
 Change of the probability of both responses out of distribution together, from the reference: at the end, and in
-brackets the largest rise on the way (over the drawn steps; mean over seeds of each seed's largest). Bold: a rise of
+brackets the largest rise on the way (of the drawn steps; mean over seeds of each seed's largest). Bold: a rise of
 more than {moved} whose 95 % interval over the seeds excludes 0.
 """
 
