@@ -1,6 +1,7 @@
 """The only module that imports DeepSpeed: engine, collectives, checkpoints, gathered weights."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -127,6 +128,11 @@ class Engine:
 def init_distributed() -> None:
     # gloo on CPU: DeepSpeed's own CPU backend wants oneCCL.
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+    # On CPU, DeepSpeed maps 66 MiB of shared memory for every rank and never removes its name, so that every training
+    # would keep that much memory until the machine restarts. Once all ranks have mapped it, nobody needs the name.
+    dist.barrier()
+    names = (str(os.getuid()), *(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")))
+    Path("/dev/shm", f"deepspeed_allreduce_buffer_{'_'.join(names)}").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
