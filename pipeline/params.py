@@ -229,6 +229,21 @@ class ScoreParams(Section):
     drift_sample: Positive = 64  # responses forwarded again by transformers in train.dtype
 
 
+class SketchParams(Section):
+    """Gradient sketches of the training responses (docs/sketches.md); batch_tokens and checkpointing change no number.
+
+    k, audit: numbers per parameter group, and of the independent audit sketch.
+    """
+
+    mode: Literal["none", "tensorsketch", "exact"] = "none"
+    k: Annotated[int, Field(ge=2)] = 1024
+    audit: Annotated[int, Field(ge=2)] = 256
+    seed: NonNegative = 0  # of the hashes
+    dtype: Dtype = "float32"
+    batch_tokens: Positive = 4096  # of prompts and responses, padding included, in one backward
+    activation_checkpointing: bool = False
+
+
 class EvaluateParams(Section):
     prompts: NonNegative = 64  # held-out prompts that the policy answers, for KL and reward; 0: none
     samples_per_prompt: Positive = 4
@@ -248,6 +263,7 @@ class Params(Section):
     prepare: PrepareParams
     sft: SftParams
     score: ScoreParams
+    sketch: SketchParams = SketchParams()
     trainable: Trainable
     train: TrainParams
     sweep: SweepParams
