@@ -176,7 +176,8 @@ class GradientCollector:
             rows = slice(first + part.start, first + part.stop)
             gradients = torch.bmm(delta[part].transpose(1, 2), x[part])
             if not gram:
-                self.squared[rows] += gradients.square().sum(dim=(1, 2), dtype=torch.float64)
+                flat = gradients.flatten(1)
+                self.squared[rows] += torch.linalg.vecdot(flat, flat)
             for sums in self.sums:
                 if sums.materialised or not gram:
                     sums.matrix(name, gradients, rows)

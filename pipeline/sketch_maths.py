@@ -64,14 +64,13 @@ class TensorSketchSums:
 
     def matrix(self, name: str, gradients: Tensor, rows: slice) -> None:
         n, n_out, n_in = gradients.shape
-        out, into = self.find(name, OUT, n_out), self.find(name, IN, n_in)
-        buckets = (out.buckets[:, None] + into.buckets) % self.k
-        # Negative signs go to k buckets of their own: one pass over the gradient instead of two.
-        buckets += self.k * (out.signs[:, None] != into.signs)
-        sums = gradients.new_zeros(n, 2 * self.k).scatter_add_(
-            1, buckets.reshape(1, -1).expand(n, -1), gradients.reshape(n, -1)
-        )
-        self._direct[self.groups[name]][rows] += sums[:, : self.k] - sums[:, self.k :]
+        out, into = self._unfolded(name, OUT, n_out), self._unfolded(name, IN, n_in)
+        buckets = (out[:, None] + into).reshape(1, -1).expand(n, -1)
+        # 0 to 2k-2 for two plus signs, then as many for a minus, then for two: both folds wait for the sums, so that an
+        # index costs one addition, where the modulo alone would cost as much as the gradient.
+        sums = gradients.new_zeros(n, 6 * self.k).scatter_add_(1, buckets, gradients.reshape(n, -1))
+        plus, minus, again = sums.view(n, 3, 2, self.k).sum(dim=2).unbind(dim=1)
+        self._direct[self.groups[name]][rows] += plus - minus + again
 
     def lookup(self, name: str, size: int, ids: Tensor, delta: Tensor, row: int) -> None:
         out, into = self.find(name, OUT, size), self.find(name, IN, delta.shape[-1])
@@ -88,6 +87,11 @@ class TensorSketchSums:
             self._direct[group] += torch.fft.irfft(spectrum, n=self.k)
         self._spectra = {}
         return self._direct
+
+    def _unfolded(self, name: str, axis: str, size: int) -> Tensor:
+        """Buckets, with 2k added where the sign is minus, (size,)."""
+        found = self.find(name, axis, size)
+        return found.buckets + 2 * self.k * (found.signs < 0)
 
     def _spectrum(self, group: str) -> Tensor:
         if group not in self._spectra:
