@@ -10,6 +10,8 @@ from pipeline.trainable import select_trainable
 from tests.pipeline.slow_sketches import exact_gradients
 from tests.pipeline.test_logps import tiny_model
 
+pytestmark = pytest.mark.slow
+
 SEEDS, RESPONSES = 200, 24
 CPU = torch.device("cpu")
 

@@ -19,6 +19,8 @@ from pipeline.sketcher import load_sketcher
 from pipeline.sketching import length_batches, sketch_responses
 from tests.tiny import write_model, write_pairs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PARAMS = SketchParams(mode="tensorsketch", k=32, audit=8, batch_tokens=64)
 
