@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from cache import join_sum_logps, locate, open_reference
 from pipeline.deepspeed_engine import Engine
 from pipeline.launch import Job
-from pipeline.logps import ResponseLogps, collate, sequence_sums
+from pipeline.layout import choose_layout
+from pipeline.logps import ResponseLogps, TokenBatch, collate, pack, sequence_sums
 from pipeline.models import disable_dropout, load_policy_start
 from pipeline.objectives import OBJECTIVES, PairLogps
 from pipeline.params import LoopParams, Trainable
@@ -35,8 +36,9 @@ class PreferenceTask:
         hyperparameters: dict[str, Any],
         reward_beta: float,
         drift_tolerance: float,
+        layout: str,
     ) -> None:
-        """reward_beta: inverse temperature of the reward metrics.
+        """layout: "padded", "packed" or "shared_prompts". reward_beta: inverse temperature of the reward metrics.
 
         drift_tolerance: nats a response by which the policy may differ from the cached reference at the start.
         """
@@ -44,7 +46,8 @@ class PreferenceTask:
         self.beta = reward_beta
         table = scan_pairs(pairs).filter(pl.col("split") == "train").select(PAIR_SIDES).collect()
         self.start = StartCheck(reference, pairs, drift_tolerance)
-        responses = scan_responses(pairs).select("response_key", "prompt_ids", "response_ids").collect()
+        columns = ("response_key", "prompt_key", "prompt_ids", "response_ids")
+        responses = scan_responses(pairs).select(columns).collect()
         self.prompts = responses["prompt_ids"]
         self.responses = responses["response_ids"]
         self.response_lengths = responses["response_ids"].list.len().to_numpy().astype(np.int64)
@@ -54,14 +57,41 @@ class PreferenceTask:
         self.reference_logps = join_sum_logps(
             open_reference(reference, expect=None), table.to_arrow().to_batches(), scratch=scratch_folder()
         )
-        total = self.response_lengths + responses["prompt_ids"].list.len().to_numpy()
-        self.lengths = total[self.sides].sum(axis=1)
+        self.prompt_lengths = responses["prompt_ids"].list.len().to_numpy().astype(np.int64)
+        # Of every response, a number that responses under the same prompt have in common.
+        self.prompt_numbers = responses["prompt_key"].rank("dense").to_numpy().astype(np.int64)
+        self.lengths = (self.response_lengths + self.prompt_lengths)[self.sides].sum(axis=1)
+        self.layout = layout
+        self.groups = self.prompt_numbers[self.sides[:, 0]]
+
+    def tokens(self, examples: np.ndarray) -> int:
+        rows, _ = self._rows(examples)
+        lengths, prompts = self.response_lengths[rows], self.prompt_lengths[rows]
+        if self.layout == "padded":
+            return int((lengths + prompts).max() * len(rows))
+        if self.layout == "shared_prompts":
+            prompts = prompts[np.unique(self.prompt_numbers[rows], return_index=True)[1]]
+        return int(lengths.sum() + prompts.sum())
+
+    def _rows(self, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of `responses` to forward, and of every chosen, then every rejected response its place among them."""
+        sides = self.sides[examples].T.ravel()
+        if self.layout == "padded":  # the plain way: as often as it is in a pair
+            return sides, np.arange(len(sides))
+        rows, places = np.unique(sides, return_inverse=True)
+        return rows, places
+
+    def _batch(self, rows: np.ndarray) -> TokenBatch:
+        sequences = [(self.prompts[int(row)], self.responses[int(row)]) for row in rows]
+        if self.layout == "padded":
+            return collate(sequences)
+        return pack(sequences, self.prompt_numbers[rows] if self.layout == "shared_prompts" else np.arange(len(rows)))
 
     def loss(self, engine: Engine, micro: np.ndarray, batch: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = self.sides[micro].T.ravel()  # all chosen, then all rejected
-        tokens = collate([(self.prompts[int(row)], self.responses[int(row)]) for row in rows]).to(engine.device)
+        rows, places = self._rows(micro)
+        tokens = self._batch(rows).to(engine.device)
         sums = sequence_sums(engine(*tokens), tokens.rows, len(rows))
-        pair = self._pair_logps(sums, micro)
+        pair = self._pair_logps(sums.index_select(0, torch.from_numpy(places).to(sums.device)), micro)
         losses = self.objective(pair, **self.hyperparameters)
         sums = self._sums(pair, losses.detach())
         if engine.updates == 0:
@@ -105,7 +135,8 @@ def start(job: Job, loop: LoopParams) -> tuple[Engine, PreferenceTask, nn.Module
     model = select_trainable(load_policy_start(Path(job.paths["model"])), trainable)
     if loop.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    disable_dropout(model).train()
+    layout = choose_layout(disable_dropout(model), loop.layout, best="shared_prompts")
+    model.train()
     task = PreferenceTask(
         Path(job.paths["pairs"]),
         Path(job.paths["reference"]),
@@ -113,6 +144,7 @@ def start(job: Job, loop: LoopParams) -> tuple[Engine, PreferenceTask, nn.Module
         hyperparameters=job.settings["hyperparameters"],
         reward_beta=job.settings["reward_beta"],
         drift_tolerance=job.settings["drift_tolerance"],
+        layout=layout,
     )
     engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
     return engine, task, model

@@ -56,6 +56,7 @@ def _run(job: Job, work: Path) -> None:
             "tokens_per_second": median(work / "history.tsv", "tokens_per_second"),
             "seconds": time.perf_counter() - started,
             "resumed_from_step": resumed_from,
+            "layout": task.layout,
         }
         (work / "summary.json").write_text(json.dumps(summary))
 
