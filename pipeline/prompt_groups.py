@@ -5,10 +5,11 @@ the hidden state that it has in a sequence of its own. No mask over the whole ru
 kernels with a mask compute what it hides.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class PromptGroups:
         self.n_small = sum(map(sum, self.small))
         self.device = torch.device(device)
         self.served: set[int] = set()  # ids of the attention modules that were here
-        self._masks: dict[tuple[int | None, ...], Tensor] = {}
+        self._masks: dict[Hashable, Tensor] = {}
 
     def to(self, device: torch.device | str) -> "PromptGroups":
         return PromptGroups(self.lengths, device)
@@ -45,36 +46,41 @@ class PromptGroups:
     @cached_property
     def places(self) -> tuple[Tensor, Tensor]:
         """Of small groups, padded to (groups x longest,): token at each place (0 at pads); the place of each token."""
-        longest = max(map(sum, self.small))
-        inside = torch.arange(longest)[None, :] < torch.tensor([sum(group) for group in self.small])[:, None]
-        places = inside.flatten().nonzero()[:, 0]
-        tokens = torch.zeros(inside.numel(), dtype=torch.int64)
+        sizes = [sum(group) for group in self.small]
+        places = torch.cat([torch.arange(size) + row * max(sizes) for row, size in enumerate(sizes)])
+        tokens = torch.zeros(len(sizes) * max(sizes), dtype=torch.int64)
         tokens[places] = torch.arange(len(places))
         return tokens.to(self.device), places.to(self.device)
 
-    def small_mask(self, window: int | None) -> Tensor:
-        """(1, groups, longest, longest), true where the row may attend to the column; pads see the prompt."""
-        if (window,) not in self._masks:
+    def small_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(1, groups, longest, longest), zero where the row may attend to the column; pads see the prompt."""
+        key = ("small", window, dtype)
+        if key not in self._masks:
             longest = max(map(sum, self.small))
             part = torch.full((len(self.small), longest), -1)
             position = torch.zeros(len(self.small), longest, dtype=torch.int64)
             for row, group in enumerate(self.small):
-                part[row, : sum(group)] = torch.repeat_interleave(torch.tensor(group))
+                part[row, : sum(group)] = torch.from_numpy(np.repeat(np.arange(len(group)), group))
                 position[row, : sum(group)] = positions(group)
             sees = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
             sees &= torch.ones(longest, longest, dtype=torch.bool).tril()
             if window is not None:
                 sees &= (position[:, :, None] - position[:, None, :] < window) | (part[:, :, None] < 0)
-            self._masks[window,] = sees[None].to(self.device)
-        return self._masks[window,]
+            self._masks[key] = _additive(sees[None].to(self.device), dtype)
+        return self._masks[key]
 
-    def response_mask(self, prompt: int, response: int, window: int | None) -> Tensor:
-        """(response, prompt + response): causal, the response at the end, `window` tokens back."""
-        key = (prompt, response, window)
+    def response_mask(self, prompt: int, response: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(response, prompt + response), zero or -inf: causal, the response at the end, `window` tokens back."""
+        key = (prompt, response, window, dtype)
         if key not in self._masks:
             sees = torch.ones(response, prompt + response, dtype=torch.bool, device=self.device).tril(prompt)
-            self._masks[key] = sees if window is None else sees.triu(prompt - window + 1)
+            self._masks[key] = _additive(sees if window is None else sees.triu(prompt - window + 1), dtype)
         return self._masks[key]
+
+
+def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """As kernels want it: they would turn a mask of booleans into this once for each layer, and keep it."""
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, float("-inf"))
 
 
 def positions(group: Sequence[int]) -> Tensor:
@@ -125,7 +131,7 @@ def _small(groups: PromptGroups, qkv: list[Tensor], window: int | None, kernel: 
     shape = (qkv[0].shape[1], len(groups.small), -1, qkv[0].shape[3])
     # Heads take the place of the batch, so that the mask differs by group and broadcasts over heads.
     padded = [part.index_select(2, tokens)[0].unflatten(1, (len(groups.small), -1)) for part in qkv]
-    found = kernel(*padded, attn_mask=groups.small_mask(window))
+    found = kernel(*padded, attn_mask=groups.small_mask(window, padded[0].dtype))
     assert found.shape[:2] == shape[:2]
     return found.flatten(1, 2).index_select(1, places)[None]
 
@@ -141,13 +147,15 @@ def _large(groups: PromptGroups, qkv: list[Tensor], window: int | None, kernel: 
         if window is None:
             found.append(kernel(query, key, value, is_causal=True))
         else:
-            found.append(kernel(query, key, value, attn_mask=groups.response_mask(0, prompt + first, window)))
+            mask = groups.response_mask(0, prompt + first, window, query.dtype)
+            found.append(kernel(query, key, value, attn_mask=mask))
         for response in rest:
             own_query, own_key, own_value = next(pieces)
             keys, values = (
                 torch.cat([whole[:, :, :prompt], own], dim=2) for whole, own in ((key, own_key), (value, own_value))
             )
-            found.append(kernel(own_query, keys, values, attn_mask=groups.response_mask(prompt, response, window)))
+            mask = groups.response_mask(prompt, response, window, query.dtype)
+            found.append(kernel(own_query, keys, values, attn_mask=mask))
     return found
 
 

@@ -138,10 +138,20 @@ def test_training_moves_margins_and_saves_a_whole_model_with_tokenizer(one_rank,
     assert AutoTokenizer.from_pretrained(out / "policy").convert_tokens_to_ids("w7") == 7
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_two_ranks_give_the_history_of_one(one_rank, phase_one, tmp_path, zero_stage):
-    _, expected, whole = one_rank
-    _, history = train(phase_one, tmp_path, ranks=2, zero_stage=zero_stage)
+@pytest.mark.parametrize(
+    ("zero_stage", "settings"),
+    [
+        (0, {"layout": "padded"}),
+        # 80 tokens: one to four micro-batches a step, and a number that differs between the ranks' own needs.
+        (2, {"layout": "shared_prompts", "tokens_per_batch": 80}),
+        (3, {"layout": "packed", "tokens_per_batch": 80}),
+    ],
+)
+def test_two_ranks_and_every_layout_give_the_history_of_one_rank(one_rank, phase_one, tmp_path, zero_stage, settings):
+    summary, expected, whole = one_rank
+    assert summary["layout"] == "shared_prompts"
+    summary, history = train(phase_one, tmp_path, ranks=2, zero_stage=zero_stage, **settings)
+    assert summary["layout"] == settings["layout"]
     assert len(history) == len(expected)
     for row, reference in zip(without_speed(history), without_speed(expected), strict=True):
         assert row == pytest.approx(reference, abs=1e-4, rel=1e-4)
