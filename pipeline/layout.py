@@ -4,6 +4,7 @@ padded: a row a sequence; the plain way, which the others are tested against. pa
 distinct response, one after another. shared_prompts: every prompt once, before all its responses.
 """
 
+import copy
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,7 @@ ATTENTION = "refcache_prompt_groups"  # its name among transformers' attention i
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 # Both layouts round differently; what sees a wrong token is off by far more.
 _TOLERANCE = 1e-3
+_VOCABULARY = 64
 
 AttentionInterface.register(ATTENTION, attend)
 
@@ -29,30 +31,29 @@ AttentionInterface.register(ATTENTION, attend)
 def choose_layout(model: nn.Module, wanted: str, *, best: str) -> str:
     """Prepare the model for the layout and return it; `auto` is `best` where the model's attention can do it.
 
-    model: on the CPU, whole, before DeepSpeed has it. A model that can't is found by trying: a few made-up sequences
-    in both layouts. Raises RequestError where the layout was asked for by name.
+    A model that can't is found by trying: a stand-in of the same architecture gets a few made-up sequences in both
+    layouts. Raises RequestError where the layout was asked for by name.
     """
     if wanted == "padded":
         return wanted
-    problem = _prepare(causal_model(model))
+    inner = causal_model(model)
+    problem = _problem(inner)
     if problem is None:
+        inner.set_attn_implementation(ATTENTION)
         return best if wanted == "auto" else wanted
-    found = f"{type(causal_model(model)).__name__} can't be trained on sequences in one run: {problem}."
+    found = f"{type(inner).__name__} can't be trained on sequences in one run: {problem}."
     if wanted != "auto":
         raise RequestError(f"{found} Set layout: padded.")
     print(f"{found} Using layout: padded.", file=sys.stderr, flush=True)
     return "padded"
 
 
-def _prepare(model: nn.Module) -> str | None:
-    """Set the model's attention to prompt groups; None, or why it stays as it was."""
+def _problem(model: nn.Module) -> str | None:
     rope = _rope_types(getattr(model.config.get_text_config(), "rope_parameters", None))
     if rope & _LENGTH_DEPENDENT_ROPE:
         return f"its rotary frequencies ({', '.join(sorted(rope))}) depend on the longest sequence"
-    before, training = model.config._attn_implementation, model.training
     try:
-        model.eval()
-        problem = _differs(model)
+        return _difference(_stand_in(model))
     except (
         UnsupportedAttention,
         AttributeError,
@@ -62,12 +63,28 @@ def _prepare(model: nn.Module) -> str | None:
         TypeError,
         ValueError,
     ) as e:
-        problem = str(e) or type(e).__name__
-    finally:
-        model.train(training)
-    if problem is not None:
-        model.set_attn_implementation(before)
-    return problem
+        return str(e) or type(e).__name__
+
+
+def _stand_in(model: nn.Module) -> nn.Module:
+    """The architecture with few layers, but one of each kind, few tokens and random weights.
+
+    The model itself is large, and under ZeRO-3 no rank has all of it.
+    """
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    if kinds:
+        text.num_hidden_layers = 1 + max(kinds.index(kind) for kind in set(kinds))
+        text.layer_types = kinds[: text.num_hidden_layers]
+    else:
+        text.num_hidden_layers = min(2, text.num_hidden_layers)
+    text.vocab_size = _VOCABULARY
+    text.pad_token_id = text.bos_token_id = text.eos_token_id = None
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made: nn.Module = type(model)(config)
+    return made.float().eval()
 
 
 def _rope_types(parameters: Any) -> set[str]:
@@ -78,8 +95,8 @@ def _rope_types(parameters: Any) -> set[str]:
 
 
 @torch.no_grad()
-def _differs(model: nn.Module) -> str | None:
-    sequences, prompts = _made_up(model.config.get_text_config().vocab_size)
+def _difference(model: nn.Module) -> str | None:
+    sequences, prompts = _made_up()
     logps = ResponseLogps(model, None)
     padded = _in_order(logps, collate(sequences))
     model.set_attn_implementation(ATTENTION)
@@ -102,11 +119,11 @@ def _in_order(logps: ResponseLogps, batch: TokenBatch) -> Tensor:
     ]
 
 
-def _made_up(vocabulary: int) -> tuple[list[tuple[list[int], list[int]]], list[int]]:
+def _made_up() -> tuple[list[tuple[list[int], list[int]]], list[int]]:
     draw = torch.Generator().manual_seed(0)
 
     def tokens(n: int) -> list[int]:
-        return torch.randint(vocabulary, (n,), generator=draw).tolist()
+        return torch.randint(_VOCABULARY, (n,), generator=draw).tolist()
 
     first, second = tokens(7), tokens(4)
     return [(first, tokens(5)), (second, tokens(6)), (first, tokens(9))], [0, 1, 0]

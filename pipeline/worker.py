@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import resource
 import sys
 import threading
 import time
@@ -57,6 +58,7 @@ def _run(job: Job, work: Path) -> None:
             "seconds": time.perf_counter() - started,
             "resumed_from_step": resumed_from,
             "layout": task.layout,
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,  # of rank 0, in host memory
         }
         (work / "summary.json").write_text(json.dumps(summary))
 
