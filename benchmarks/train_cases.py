@@ -37,19 +37,24 @@ class Case(NamedTuple):
     batch_size: int
     steps: int
     tokens_per_batch: int
+    batch_order: str
 
     @property
     def title(self) -> str:
-        return f"{self.name}, {self.dtype}, vocabulary {self.vocabulary:,}"
+        return f"{self.name} by {self.batch_order}, {self.dtype}, vocabulary {self.vocabulary:,}"
 
     def tokens_by_step(self) -> np.ndarray:
         """Pair tokens of every step: prompt + chosen and prompt + rejected, whatever is computed."""
         lengths = PairBatches(self.folder / "pairs", "padded").lengths
-        batches = (
-            batch_indices(step, seed=0, n_examples=len(lengths), batch_size=self.batch_size)
+        return np.array([lengths[batch].sum() for batch in self.batches()])
+
+    def batches(self) -> list[np.ndarray]:
+        pairs = PairBatches(self.folder / "pairs", "padded")
+        groups = pairs.groups if self.batch_order == "prompts" else None
+        return [
+            batch_indices(step, seed=0, n_examples=len(pairs), batch_size=self.batch_size, groups=groups)
             for step in range(self.steps)
-        )
-        return np.array([lengths[batch].sum() for batch in batches])
+        ]
 
 
 def prepare(
@@ -63,6 +68,7 @@ def prepare(
     batch_size: int,
     steps: int,
     tokens_per_batch: int,
+    batch_order: str = "examples",
 ) -> Case:
     """The model has `vocabulary` embeddings; its tokenizer has the first 8,192 of them at most."""
     (folder / "input").mkdir(parents=True)
@@ -78,13 +84,14 @@ def prepare(
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     stage(folder, "prepare", sft="sft.parquet", tokenizer="tokenizer", pairs="pairs", summary="summary.json")
     stage(folder, "sft", sft="sft.parquet", tokenizer="tokenizer", out="model", history="h.tsv", metrics="m.json")
-    case = Case(name, dtype, vocabulary, folder, batch_size, steps, tokens_per_batch)
+    case = Case(name, dtype, vocabulary, folder, batch_size, steps, tokens_per_batch, batch_order)
     examples = len(PairBatches(folder / "pairs", "padded"))
     params["train"] |= {
         "dtype": dtype,
         "batch_size": batch_size,
         "micro_batch_size": min(2, batch_size),
         "tokens_per_batch": tokens_per_batch,
+        "batch_order": batch_order,
         "learning_rate": 1e-5,
         "schedule": "constant",
         "warmup_share": 0.0,
@@ -124,7 +131,14 @@ def run_peer(case: Case, method: str, micro_batch_sizes: list[int], *, memory: b
     out = case.folder / f"{method}.json"
     command = [sys.executable, str(ROOT / "benchmarks/train_peers.py"), method, "--pairs", "pairs", "--model", "model"]
     command += ["--dtype", case.dtype, "--batch-size", str(case.batch_size), "--steps", str(case.steps)]
-    command += ["--out", str(out), "--micro-batch-sizes", *map(str, micro_batch_sizes)]
+    command += [
+        "--batch-order",
+        case.batch_order,
+        "--out",
+        str(out),
+        "--micro-batch-sizes",
+        *map(str, micro_batch_sizes),
+    ]
     wall, peak = _watched(command, case.folder, {"OMP_NUM_THREADS": str(os.cpu_count())}, memory=memory)
     return json.loads(out.read_text()) | {"wall": wall, "peak": peak}
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.utils import logging
 
 from pipeline.batches import batch_indices
+from pipeline.pair_batches import PairBatches
 
 
 class StepTimes(TrainerCallback):  # type: ignore[misc]
@@ -48,10 +49,11 @@ def train(pairs: list[Pair], options: argparse.Namespace, *, micro: int, steps: 
         def _get_train_sampler(self, *arguments: Any) -> Any:
             return SequentialSampler(self.train_dataset)
 
+    groups = PairBatches(options.pairs, "padded").groups if options.batch_order == "prompts" else None
     order = [
         int(index)
         for step in range(steps)
-        for index in batch_indices(step, seed=0, n_examples=len(pairs), batch_size=options.batch_size)
+        for index in batch_indices(step, seed=0, n_examples=len(pairs), batch_size=options.batch_size, groups=groups)
     ]
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     times = StepTimes()
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--micro-batch-sizes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--batch-order", choices=["examples", "prompts"], default="examples")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--out", type=Path, required=True)

@@ -23,7 +23,8 @@ Found = dict[str, list[dict[str, Any]]]
 def main() -> None:
     options = parse()
     results: list[tuple[Case, Found]] = []
-    for name in ("ultrafeedback", "gsm8k"):
+    # Pairs of a prompt in one batch is a choice about training, so GSM8K is measured with and without it.
+    for name, order in (("ultrafeedback", "examples"), ("gsm8k", "examples"), ("gsm8k", "prompts")):
         for dtype in options.dtypes:
             for vocabulary in options.vocabularies:
                 with tempfile.TemporaryDirectory(prefix="train-throughput-") as scratch:
@@ -37,6 +38,7 @@ def main() -> None:
                         batch_size=options.batch_size,
                         steps=options.steps,
                         tokens_per_batch=options.tokens_per_batch,
+                        batch_order=order,
                     )
                     results.append((case, measure(case, options)))
                     tokens = case.tokens_by_step()

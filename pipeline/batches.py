@@ -13,19 +13,35 @@ def steps_for(epochs: float, n_examples: int, batch_size: int) -> int:
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, n_examples: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(n_examples)
+def _epoch_order(seed: int, epoch: int, n_examples: int, groups: bytes | None) -> np.ndarray:
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(n_examples)
+    if groups is None:
+        return order
+    _, numbers = np.unique(np.frombuffer(groups, dtype=np.int64), return_inverse=True)
+    # Groups shuffled, and within each its examples in the order drawn above.
+    return order[np.argsort(random.permutation(numbers.max() + 1)[numbers[order]], kind="stable")]
 
 
-def batch_indices(step: int, *, seed: int, n_examples: int, batch_size: int) -> np.ndarray:
-    """The global batch of `step` (0-based): int64 (batch_size,), from an endless chain of shuffled epochs."""
+def batch_indices(
+    step: int, *, seed: int, n_examples: int, batch_size: int, groups: np.ndarray | None = None
+) -> np.ndarray:
+    """The global batch of `step` (0-based): int64 (batch_size,), from an endless chain of shuffled epochs.
+
+    groups: int64 (n_examples,), those of one group stay next to each other; None: every example by itself.
+    """
+    key = None if groups is None else groups.tobytes()
     slots = np.arange(step * batch_size, (step + 1) * batch_size)
-    return np.array([_epoch_order(seed, slot // n_examples, n_examples)[slot % n_examples] for slot in slots.tolist()])
+    return np.array(
+        [_epoch_order(seed, slot // n_examples, n_examples, key)[slot % n_examples] for slot in slots.tolist()]
+    )
 
 
-def tokens_in(steps: int, lengths: np.ndarray, *, seed: int, batch_size: int) -> int:
-    """Tokens of the first `steps` batches; lengths: tokens of every example."""
-    batches = (batch_indices(s, seed=seed, n_examples=len(lengths), batch_size=batch_size) for s in range(steps))
+def tokens_in(steps: int, lengths: np.ndarray, *, seed: int, batch_size: int, groups: np.ndarray | None = None) -> int:
+    """Tokens of the first `steps` batches; lengths: tokens of every example; groups: as `batch_indices` has them."""
+    batches = (
+        batch_indices(s, seed=seed, n_examples=len(lengths), batch_size=batch_size, groups=groups) for s in range(steps)
+    )
     return sum(int(lengths[batch].sum()) for batch in batches)
 
 

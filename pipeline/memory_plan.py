@@ -151,9 +151,10 @@ def _logits(head: ChunkedHead, tokens: int) -> int:
 
 def _largest_micro_batch(batches: PairBatches, loop: LoopParams) -> np.ndarray:
     steps = min(_STEPS, steps_for(loop.epochs, len(batches), loop.batch_size))
+    groups = batches.groups if loop.batch_order == "prompts" else None
     micros = []
     for step in range(steps):
-        batch = batch_indices(step, seed=0, n_examples=len(batches), batch_size=loop.batch_size)
+        batch = batch_indices(step, seed=0, n_examples=len(batches), batch_size=loop.batch_size, groups=groups)
         micros += micro_batches(
             batch,
             batches.groups,

@@ -148,6 +148,7 @@ class LoopParams(Section):
     epochs: Annotated[float, Field(ge=0)] = 1.0
     batch_size: Positive = 16  # examples (pairs, in train) per optimizer step, over all ranks
     micro_batch_size: Positive = 8  # of them in one forward on one rank
+    batch_order: Literal["examples", "prompts"] = "examples"  # shuffled one by one, or with all pairs of a prompt
     tokens_per_batch: Positive | None = None  # of one forward on one rank, instead of micro_batch_size
     layout: Literal["auto", "shared_prompts", "packed", "padded"] = "auto"  # of a forward (pipeline/layout.py)
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4

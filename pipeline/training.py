@@ -45,6 +45,11 @@ def learning_rate_at(step: int, *, steps: int, loop: LoopParams) -> float:
     return loop.learning_rate * factor[loop.schedule]
 
 
+def ordered_groups(groups: np.ndarray, loop: LoopParams) -> np.ndarray | None:
+    """`batch_indices`' groups: the examples' own, or none."""
+    return groups if loop.batch_order == "prompts" else None
+
+
 def micro_steps_for(loop: LoopParams) -> int:
     """Backward passes per optimizer step on each rank; where that varies, any number that isn't 1 (see Engine)."""
     if loop.tokens_per_batch is not None:
@@ -65,7 +70,13 @@ def run_loop(engine: Engine, task: Task, loop: LoopParams, *, seed: int, work: P
         # Reseeded every step, so that dropout, if any, is the same after a resume.
         torch.manual_seed(hash((seed, step, engine.rank)) & 0xFFFFFFFF)
         started = time.perf_counter()
-        batch = batch_indices(step, seed=seed, n_examples=len(task.lengths), batch_size=loop.batch_size)
+        batch = batch_indices(
+            step,
+            seed=seed,
+            n_examples=len(task.lengths),
+            batch_size=loop.batch_size,
+            groups=ordered_groups(task.groups, loop),
+        )
         learning_rate = learning_rate_at(step, steps=steps, loop=loop)
         engine.set_learning_rate(learning_rate)
         sums = _one_step(engine, task, loop, batch)

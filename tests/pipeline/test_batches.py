@@ -17,6 +17,18 @@ def test_each_epoch_visits_every_example_exactly_once(n, batch_size, seed, epoch
     assert (np.sort(seen, axis=1) == np.arange(n)).all()
 
 
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 16), st.integers(0, 3))
+def test_grouped_epochs_visit_every_example_once_with_groups_in_one_piece_each(n, n_groups, batch_size, seed):
+    groups = np.random.default_rng(seed).integers(0, n_groups, n)
+    batches = [
+        batch_indices(step, seed=seed, n_examples=n, batch_size=batch_size, groups=groups)
+        for step in range(steps_for(2, n, batch_size))
+    ]
+    for epoch in np.concatenate(batches)[: 2 * n].reshape(2, n):
+        assert sorted(epoch) == list(range(n))
+        assert np.count_nonzero(np.diff(groups[epoch])) == len(set(groups.tolist())) - 1
+
+
 def test_order_differs_between_seeds_and_epochs():
     def epoch(seed: int, number: int) -> list[int]:
         return batch_indices(number, seed=seed, n_examples=50, batch_size=50).tolist()
