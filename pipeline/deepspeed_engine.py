@@ -127,13 +127,15 @@ def _whole(parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
 
 def _config(loop: LoopParams, micro_steps: int, ranks: int) -> dict[str, Any]:
     # Without offload, torch's own AdamW: DeepSpeed's kernels would be compiled on first use, and need nvcc on GPUs.
-    adamw = {
+    adamw: dict[str, Any] = {
         "lr": loop.learning_rate,
         "betas": loop.adam_betas,
         "eps": loop.adam_epsilon,
         "weight_decay": loop.weight_decay,
         "torch_adam": not loop.optimizer_offload or not torch.cuda.is_available(),
     }
+    if adamw["torch_adam"]:
+        adamw["fused"] = True  # in one pass, without temporaries as large as a parameter (under ZeRO, as all of them)
     # Without ZeRO, DeepSpeed has no float32 master weights beside bf16 ones; its stage 1 has, also on one rank.
     zero: dict[str, Any] = {"stage": max(1, loop.zero_stage) if loop.dtype == "bfloat16" else loop.zero_stage}
     if loop.optimizer_offload:

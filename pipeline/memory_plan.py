@@ -109,7 +109,6 @@ class _Sizes:
         parameters = list(model.parameters())  # tied ones once
         self.all = sum(p.numel() for p in parameters)
         self.trained = sum(p.numel() for p in parameters if p.requires_grad)
-        self.largest = max((p.numel() for p in parameters if p.requires_grad), default=0)
         self.bytes = parameters[0].dtype.itemsize
         self.head = self._head(model)
 
@@ -123,7 +122,7 @@ class _Sizes:
 
 
 def _states(sizes: _Sizes, loop: LoopParams) -> dict[str, int]:
-    """Weights, gradients and optimizer states; what a step needs beside them counts as the optimizer's."""
+    """Weights, gradients and Adam's two moments; its update needs nothing beside them."""
     ranks, stage = loop.ranks, loop.zero_stage
     half = loop.dtype == "bfloat16"
     if half:
@@ -132,14 +131,13 @@ def _states(sizes: _Sizes, loop: LoopParams) -> dict[str, int]:
     master = 4 * sizes.trained // ranks if stage else 0
     # In bf16 gradients are accumulated in float32.
     gradients = 4 * sizes.trained // (ranks if stage >= 2 else 1) + sizes.head * sizes.bytes
-    # Adam's two moments, and two temporaries as large as what one update goes over.
     offloaded = loop.optimizer_offload and torch.cuda.is_available()
     moments = 0 if offloaded else 8 * sizes.trained // (ranks if stage else 1)
     return {
         "weights": sizes.all * sizes.bytes // (ranks if stage == 3 else 1),
         "master weights": master,
         "gradients": gradients,
-        "optimizer": moments + 8 * (sizes.trained // ranks if stage else sizes.largest),
+        "optimizer": moments,
     }
 
 
