@@ -35,8 +35,14 @@ class ChunkedHead(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probs of targets (T,) after hidden (T, width): (T,) float32 (float64 in float64), nats."""
-        found: Tensor = _TokenLogps.apply(hidden, self.weight, self.bias, targets, self)
+        apply = _FrozenTokenLogps.apply if self._frozen() and hidden.requires_grad else _TokenLogps.apply
+        found: Tensor = apply(hidden, self.weight, self.bias, targets, self)
         return found
+
+    def _frozen(self) -> bool:
+        trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        # A soft cap's slope needs the logits that the softmax overwrites.
+        return torch.is_grad_enabled() and not trained and self.softcap is None
 
     def buffer(self, hidden: Tensor) -> "LogitBuffer":
         return LogitBuffer(min(len(hidden), self.chunk_tokens), self.weight)
@@ -62,7 +68,13 @@ class LogitBuffer:
     def __init__(self, tokens: int, weight: Tensor) -> None:
         """narrow: in the weights' dtype; wide: at least float32, the same array where the weights are that wide."""
         self.narrow = weight.new_empty(tokens, len(weight))
-        self.wide = self.narrow if weight.dtype.itemsize >= 4 else self.narrow.float()
+        self.wide = (
+            self.narrow if weight.dtype.itemsize >= 4 else self.narrow.new_empty(self.narrow.shape, dtype=torch.float32)
+        )
+
+    def to_narrow(self, values: Tensor) -> Tensor:
+        """What stands in the wide array, in the weights' dtype."""
+        return values if self.wide is self.narrow else self.narrow[: len(values)].copy_(values)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -105,6 +117,36 @@ class _TokenLogps(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None
 
 
+class _FrozenTokenLogps(torch.autograd.Function):
+    """The same for a head that doesn't train: each token's gradient but for a factor, made in forward.
+
+    A token's log-prob depends on its own hidden state alone, so backward multiplies; no logits are computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: ChunkedHead
+    ) -> Tensor:
+        buffer, logps, slopes = head.buffer(hidden), [], torch.empty_like(hidden)
+        for start in range(0, len(hidden), head.chunk_tokens):
+            chunk = slice(start, start + head.chunk_tokens)
+            logits, ids = head.logits(buffer, hidden[chunk]), targets[chunk, None]
+            logits -= logits.amax(dim=1, keepdim=True)
+            chosen = logits.gather(1, ids)[:, 0]
+            total = logits.exp_().sum(dim=1)
+            logps.append(chosen - total.log())
+            logits *= -head.scale / total[:, None]
+            logits[torch.arange(len(ids), device=ids.device), ids[:, 0]] += head.scale
+            torch.mm(buffer.to_narrow(logits), weight, out=slopes[chunk])
+        ctx.save_for_backward(slopes)
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        (slopes,) = ctx.saved_tensors
+        return (slopes * grad[:, None]).to(slopes.dtype), None, None, None, None
+
+
 def _logit_gradient(
     head: ChunkedHead, buffer: LogitBuffer, hidden: Tensor, targets: Tensor, totals: Tensor, grad: Tensor
 ) -> Tensor:
@@ -122,5 +164,4 @@ def _logit_gradient(
         logits *= slope
     if head.scale != 1.0:
         logits *= head.scale
-    narrow = buffer.narrow[: len(hidden)]
-    return narrow if logits.dtype == narrow.dtype else narrow.copy_(logits)
+    return buffer.to_narrow(logits)

@@ -1,4 +1,4 @@
-"""Training pairs as token batches: which responses a set of pairs needs, what they cost, how they lie in memory."""
+"""Pairs as token batches: which responses a set of pairs needs, what they cost, how they lie in memory."""
 
 from pathlib import Path
 
@@ -11,16 +11,16 @@ from pipeline.prepared_data import PAIR_SIDES, scan_pairs, scan_responses
 
 
 class PairBatches:
-    """The training pairs of a folder, numbered as in its table, under one layout.
+    """The pairs of a folder's split, numbered as in its table, under one layout.
 
     keys: their response keys, a table of PAIR_SIDES. lengths: tokens of prompt + chosen plus prompt + rejected,
     (pairs,). groups: a number for each pair's prompt, (pairs,). response_lengths: (pairs, 2), chosen and rejected.
     """
 
-    def __init__(self, pairs: Path, layout: str) -> None:
+    def __init__(self, pairs: Path, layout: str, *, split: str = "train") -> None:
         """layout: "padded", "packed" or "shared_prompts" (pipeline/layout.py)."""
         self.layout = layout
-        self.keys = scan_pairs(pairs).filter(pl.col("split") == "train").select(PAIR_SIDES).collect()
+        self.keys = scan_pairs(pairs).filter(pl.col("split") == split).select(PAIR_SIDES).collect()
         columns = ("response_key", "prompt_key", "prompt_ids", "response_ids")
         responses = scan_responses(pairs).select(columns).collect()
         self._prompts, self._responses = responses["prompt_ids"], responses["response_ids"]
