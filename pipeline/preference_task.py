@@ -4,19 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from cache import join_sum_logps, locate, open_reference
+from cache import join_sum_logps, open_reference
 from pipeline.deepspeed_engine import Engine
 from pipeline.launch import Job
-from pipeline.logps import ResponseLogps, collate, sequence_sums
+from pipeline.layout import choose_layout
+from pipeline.logps import ResponseLogps, sequence_sums
 from pipeline.models import disable_dropout, load_policy_start
 from pipeline.objectives import OBJECTIVES, PairLogps
+from pipeline.pair_batches import PairBatches
 from pipeline.params import LoopParams, Trainable
-from pipeline.prepared_data import PAIR_SIDES, scan_pairs, scan_responses
 from pipeline.start_check import StartCheck
 from pipeline.trainable import select_trainable
 from pipeline.training import micro_steps_for
@@ -35,33 +35,29 @@ class PreferenceTask:
         hyperparameters: dict[str, Any],
         reward_beta: float,
         drift_tolerance: float,
+        layout: str,
     ) -> None:
-        """reward_beta: inverse temperature of the reward metrics.
+        """layout: "padded", "packed" or "shared_prompts". reward_beta: inverse temperature of the reward metrics.
 
         drift_tolerance: nats a response by which the policy may differ from the cached reference at the start.
         """
         self.objective, self.hyperparameters = OBJECTIVES[objective], hyperparameters
         self.beta = reward_beta
-        table = scan_pairs(pairs).filter(pl.col("split") == "train").select(PAIR_SIDES).collect()
+        self.pairs = PairBatches(pairs, layout)
+        self.layout, self.lengths, self.groups = layout, self.pairs.lengths, self.pairs.groups
         self.start = StartCheck(reference, pairs, drift_tolerance)
-        responses = scan_responses(pairs).select("response_key", "prompt_ids", "response_ids").collect()
-        self.prompts = responses["prompt_ids"]
-        self.responses = responses["response_ids"]
-        self.response_lengths = responses["response_ids"].list.len().to_numpy().astype(np.int64)
-        # (n_pairs, 2): chosen and rejected, as rows of `responses`.
-        self.sides = np.stack([locate(table[side], responses["response_key"]) for side in PAIR_SIDES], axis=1)
-        assert (self.sides >= 0).all()  # prepare writes every response of a pair
         self.reference_logps = join_sum_logps(
-            open_reference(reference, expect=None), table.to_arrow().to_batches(), scratch=scratch_folder()
+            open_reference(reference, expect=None), self.pairs.keys.to_arrow().to_batches(), scratch=scratch_folder()
         )
-        total = self.response_lengths + responses["prompt_ids"].list.len().to_numpy()
-        self.lengths = total[self.sides].sum(axis=1)
+
+    def tokens(self, examples: np.ndarray) -> int:
+        return self.pairs.tokens(examples)
 
     def loss(self, engine: Engine, micro: np.ndarray, batch: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = self.sides[micro].T.ravel()  # all chosen, then all rejected
-        tokens = collate([(self.prompts[int(row)], self.responses[int(row)]) for row in rows]).to(engine.device)
-        sums = sequence_sums(engine(*tokens), tokens.rows, len(rows))
-        pair = self._pair_logps(sums, micro)
+        tokens, places = self.pairs.batch(micro)
+        tokens = tokens.to(engine.device)
+        sums = sequence_sums(engine(*tokens), tokens.rows, int(places.max()) + 1)
+        pair = self._pair_logps(sums.index_select(0, torch.from_numpy(places).to(sums.device)), micro)
         losses = self.objective(pair, **self.hyperparameters)
         sums = self._sums(pair, losses.detach())
         if engine.updates == 0:
@@ -71,7 +67,7 @@ class PreferenceTask:
     def _pair_logps(self, policy: Tensor, micro: np.ndarray) -> PairLogps:
         chosen, rejected = policy.chunk(2)
         reference = torch.tensor(self.reference_logps[micro].T, dtype=torch.float32, device=policy.device)
-        lengths = torch.tensor(self.response_lengths[self.sides[micro]].T, device=policy.device)
+        lengths = torch.tensor(self.pairs.response_lengths[micro].T, device=policy.device)
         return PairLogps(chosen, rejected, reference[0], reference[1], lengths[0], lengths[1])
 
     def _sums(self, pair: PairLogps, losses: Tensor) -> dict[str, Tensor]:
@@ -95,7 +91,7 @@ class PreferenceTask:
         self.start.judge(sums, len(batch))
         row = {name: value / len(batch) for name, value in sums.items()}
         # Nats per token, as language-model losses are given; everything else is a mean over pairs.
-        row["nll/chosen"] = sums["nll/chosen"] / float(self.response_lengths[self.sides[batch, 0]].sum())
+        row["nll/chosen"] = sums["nll/chosen"] / float(self.pairs.response_lengths[batch, 0].sum())
         return row
 
 
@@ -105,7 +101,8 @@ def start(job: Job, loop: LoopParams) -> tuple[Engine, PreferenceTask, nn.Module
     model = select_trainable(load_policy_start(Path(job.paths["model"])), trainable)
     if loop.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    disable_dropout(model).train()
+    layout = choose_layout(disable_dropout(model), loop.layout, best="shared_prompts")
+    model.train()
     task = PreferenceTask(
         Path(job.paths["pairs"]),
         Path(job.paths["reference"]),
@@ -113,6 +110,7 @@ def start(job: Job, loop: LoopParams) -> tuple[Engine, PreferenceTask, nn.Module
         hyperparameters=job.settings["hyperparameters"],
         reward_beta=job.settings["reward_beta"],
         drift_tolerance=job.settings["drift_tolerance"],
+        layout=layout,
     )
     engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
     return engine, task, model

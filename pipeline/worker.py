@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import resource
 import sys
 import threading
 import time
@@ -37,7 +38,7 @@ def _run(job: Job, work: Path) -> None:
     from pipeline.history import median
     from pipeline.models import save_model
     from pipeline.params import LoopParams
-    from pipeline.training import run_loop
+    from pipeline.training import ordered_groups, run_loop
 
     init_distributed()
     loop = LoopParams.model_validate(job.loop)
@@ -52,10 +53,18 @@ def _run(job: Job, work: Path) -> None:
         steps = steps_for(loop.epochs, len(task.lengths), loop.batch_size)
         summary: dict[str, Any] = {
             "steps": steps,
-            "tokens": tokens_in(steps, task.lengths, seed=job.seed, batch_size=loop.batch_size),
+            "tokens": tokens_in(
+                steps,
+                task.lengths,
+                seed=job.seed,
+                batch_size=loop.batch_size,
+                groups=ordered_groups(task.groups, loop),
+            ),
             "tokens_per_second": median(work / "history.tsv", "tokens_per_second"),
             "seconds": time.perf_counter() - started,
             "resumed_from_step": resumed_from,
+            "layout": task.layout,
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,  # of rank 0, in host memory
         }
         (work / "summary.json").write_text(json.dumps(summary))
 
