@@ -7,8 +7,9 @@ from cache.journal import Journal
 from cache.key_set import Keys, KeySet, key_bytes, locate
 from cache.keys import prompt_key, response_key
 from cache.publish import RowSource, publish_reference, publish_rows
-from cache.reference import Reference, open_reference
+from cache.reference import Reference, StoredRows, open_reference
 from cache.schema import FORMAT_VERSION, LOGPS_SCHEMA, check_logps, logps_table
+from cache.sketches import Sketches, SketchIdentity, open_sketches
 from cache.verify import Finding, verify
 from cache.view import ReferenceView, ViewRows, open_view, remove_views
 
@@ -28,6 +29,9 @@ __all__ = [
     "ReferenceIdentity",
     "ReferenceView",
     "RowSource",
+    "SketchIdentity",
+    "Sketches",
+    "StoredRows",
     "ViewRows",
     "check_logps",
     "join_sum_logps",
@@ -36,6 +40,7 @@ __all__ = [
     "locate",
     "logps_table",
     "open_reference",
+    "open_sketches",
     "open_view",
     "prompt_key",
     "publish_reference",

@@ -1,27 +1,73 @@
-"""Which reference a stored log-prob belongs to: everything that determines the numbers, and nothing else."""
+"""Which reference a stored row belongs to: everything that determines its numbers, and nothing else."""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from cache.durable import write_durably
 from cache.errors import CacheCorrupt, CacheError, CacheMismatch, system_errors
+from cache.schema import LOGPS, Kind
 
 SHOWN = 12  # characters of a digest in a message
 IDENTITY = "identity.json"  # beside a journal: what its reference_id stands for
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceIdentity:
+class Identity:
+    """What every kind of stored rows has: fields that determine the numbers, and a digest of them.
+
+    mismatch: what another identity than the expected one means, and what to do about it, in sentences.
+    """
+
+    mismatch: ClassVar[str]
+    values: ClassVar[tuple[type, ...]] = (str, type(None))  # types that a field may have
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of rows that are stored under this identity."""
+        raise NotImplementedError
+
+    @property
+    def reference_id(self) -> str:
+        """32 hex characters; equal exactly when all fields are equal."""
+        return identity_digest(self.to_dict())
+
+    def to_dict(self) -> dict[str, str | int | None]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Unknown fields raise CacheMismatch, absent or malformed ones CacheCorrupt."""
+        names = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(names)):
+            raise CacheMismatch(f"the identity has the fields {unknown}, unknown to this version; upgrade refcache")
+        wrong = [name for name in names if name not in values or not isinstance(values[name], cls.values)]
+        if wrong:
+            raise CacheCorrupt(f"the identity lacks {wrong}, or they are of the wrong type")
+        return cls(**values)
+
+    def differences(self, other: "Identity") -> dict[str, tuple[Any, Any]]:
+        """{field: (mine, other's)} of the fields that differ, in the order of declaration."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceIdentity(Identity):
     """What determines a reference's log-probs. Paths, seeds, learning rates and objectives are deliberately absent.
 
     weights, config: hex digests of the content of the weight files and of the model's config; adapter: likewise of a
     LoRA adapter, or None; dtype: the engine's compute type ("float32"); quantization: its name, or None; engine and
     engine_version: who computed ("vllm", "0.32.0").
     """
+
+    mismatch: ClassVar[str] = (
+        "Rewards would be measured against a model that the policy did not start from. "
+        "Run `dvc repro score`, or point the parameters back at the reference that was scored."
+    )
 
     weights: str
     config: str
@@ -32,28 +78,8 @@ class ReferenceIdentity:
     engine_version: str
 
     @property
-    def reference_id(self) -> str:
-        """32 hex characters; equal exactly when all fields are equal."""
-        return identity_digest(self.to_dict())
-
-    def to_dict(self) -> dict[str, str | None]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`. Unknown fields raise CacheMismatch, absent or malformed ones CacheCorrupt."""
-        names = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(names)):
-            raise CacheMismatch(f"the identity has the fields {unknown}, unknown to this version; upgrade refcache")
-        wrong = [name for name in names if name not in values or not isinstance(values[name], str | None)]
-        if wrong:
-            raise CacheCorrupt(f"the identity lacks {wrong}, or they are neither text nor null")
-        return cls(**values)
-
-    def differences(self, other: "ReferenceIdentity") -> dict[str, tuple[str | None, str | None]]:
-        """{field: (mine, other's)} of the fields that differ, in the order of declaration."""
-        mine, theirs = self.to_dict(), other.to_dict()
-        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+    def kind(self) -> Kind:
+        return LOGPS
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:
@@ -66,7 +92,7 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
     return hashlib.blake2b(canonical.encode(), digest_size=16, person=b"refcache").hexdigest()
 
 
-def require_identity(path: Path, found: ReferenceIdentity, expected: ReferenceIdentity) -> None:
+def require_identity(path: Path, found: Identity, expected: Identity) -> None:
     """Raise CacheMismatch, naming each differing field with both values, unless the identities are equal."""
     differences = found.differences(expected)
     if not differences:
@@ -76,13 +102,11 @@ def require_identity(path: Path, found: ReferenceIdentity, expected: ReferenceId
         for name, (mine, theirs) in differences.items()
     ]
     raise CacheMismatch(
-        f"{path} holds the log-probs of another reference:\n" + "\n".join(lines) + "\n"
-        "Rewards would be measured against a model that the policy did not start from. "
-        "Run `dvc repro score`, or point the parameters back at the reference that was scored."
+        f"{path} holds the {expected.kind.noun} of another reference:\n" + "\n".join(lines) + f"\n{expected.mismatch}"
     )
 
 
-def record_identity(folder: Path, identity: ReferenceIdentity) -> None:
+def record_identity(folder: Path, identity: Identity) -> None:
     """Write identity.json into a journal's folder, unless it is there: a digest alone could not be explained later."""
     path = folder / IDENTITY
     if not path.exists():
@@ -99,9 +123,11 @@ def recorded_identity(folder: Path) -> ReferenceIdentity | None:
         return None
 
 
-def short_digest(value: str | None) -> str:
+def short_digest(value: str | int | None) -> str:
     """A field's value for people: the beginning of a digest, or "none"."""
     if value is None:
         return "none"
+    if isinstance(value, int):
+        return str(value)
     is_digest = len(value) > SHOWN and all(c in "0123456789abcdef" for c in value)
     return value[:SHOWN] if is_digest else value

@@ -62,8 +62,8 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     return (json.dumps(asdict(manifest), indent=2, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a published reference cache.
+def read_manifest(folder: Path, stage: str = "score") -> Manifest:
+    """The manifest of a published reference cache. stage: which one should have written it, for messages.
 
     Raises CacheIncomplete when there is none, CacheMismatch when a newer version wrote it, CacheCorrupt otherwise.
     """
@@ -74,27 +74,32 @@ def read_manifest(folder: Path) -> Manifest:
         found = f"has no {MANIFEST}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         raise CacheIncomplete(
             f"{folder} is no published reference cache: it {found}. Expected a folder with {MANIFEST} and *.parquet "
-            "shards, as `dvc repro score` writes it (what an interrupted run has scored is reused)."
+            f"shards, as `dvc repro {stage}` writes it (what an interrupted run has computed is reused)."
         ) from None
     except ValueError as error:
-        raise CacheCorrupt(f"{path} is not JSON ({error}). {remedy(folder)}") from None
-    return _parse(folder, path, data)
+        raise CacheCorrupt(f"{path} is not JSON ({error}). {remedy(folder, stage)}") from None
+    return _parse(folder, path, data, stage)
 
 
-def remedy(folder: Path) -> str:
-    """What to run when files of a published reference cache are damaged or gone."""
+def remedy(folder: Path, stage: str = "score") -> str:
+    """What to run when files of a published reference cache are damaged or gone. stage: which one wrote it."""
+    if stage != "score":
+        return (
+            f"Restore the folder with `dvc checkout {folder}`, or run `dvc repro -f {stage}`: only the rows of damaged "
+            "shards that the journal lacks are computed again."
+        )
     return (
         f"Restore the folder with `dvc checkout {folder}`, or run `refcache verify {folder} --repair` (or "
         "`dvc repro -f score`): only the rows of damaged shards that the journal lacks are scored again."
     )
 
 
-def _parse(folder: Path, path: Path, data: Any) -> Manifest:
+def _parse(folder: Path, path: Path, data: Any, stage: str) -> Manifest:
     version = data.get("format_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CacheMismatch(
             f"{path} has format version {version}; this refcache reads up to {FORMAT_VERSION}. "
-            "It was written by a newer refcache: upgrade, or run `dvc repro -f score` to write it with this one."
+            f"It was written by a newer refcache: upgrade, or run `dvc repro -f {stage}` to write it with this one."
         )
     try:
         shards = tuple(_parse_shard(entry) for entry in data["shards"])
@@ -102,11 +107,11 @@ def _parse(folder: Path, path: Path, data: Any) -> Manifest:
         computed = make_manifest(manifest.kind, dict(manifest.identity), list(shards))
     except (TypeError, KeyError, ValueError) as error:
         problem = f"is no manifest of format version {FORMAT_VERSION} ({error})"
-        raise CacheCorrupt(f"{path} {problem}. {remedy(folder)}") from None
+        raise CacheCorrupt(f"{path} {problem}. {remedy(folder, stage)}") from None
     if manifest != computed:
         wrong = [name for name, value in asdict(manifest).items() if value != asdict(computed)[name]]
         problem = f"contradicts itself: {', '.join(wrong)} do not follow from its identity and shards"
-        raise CacheCorrupt(f"{path} {problem}. {remedy(folder)}")
+        raise CacheCorrupt(f"{path} {problem}. {remedy(folder, stage)}")
     return manifest
 
 

@@ -19,23 +19,25 @@ import pyarrow as pa
 
 from cache.durable import PARTIAL, sync_folder, write_durably
 from cache.errors import CacheIncomplete, CacheLocked, system_errors
-from cache.identity import ReferenceIdentity
+from cache.identity import Identity
 from cache.key_set import KeySet, key_array
 from cache.lock import holder_of
 from cache.manifest import EXCHANGE, MANIFEST, SHARD_NAME, Manifest, Shard, file_digest, make_manifest, manifest_bytes
-from cache.schema import KEY_COLUMN, LOGPS, Kind, conform
+from cache.schema import KEY_COLUMN, Kind, conform
 from cache.shards import partition_bits, partitions, write_shard
 from cache.spill import PartitionRows, spill_folder
 
 
-def publish_reference(folder: Path, rows: pa.Table, identity: ReferenceIdentity) -> Manifest:
-    """Make `folder` a reference cache of exactly `rows` (columns of LOGPS_SCHEMA, any order) and return its manifest.
+def publish_reference(folder: Path, rows: pa.Table, identity: Identity) -> Manifest:
+    """Make `folder` a reference cache of exactly `rows` (of the identity's kind, any order) and return its manifest.
 
     Files that are no shards (drift.json) are left alone. Raises CacheError for rows that must not be stored or when the
     system refuses, CacheLocked when another process is publishing here, ValueError for a repeated key; the folder then
     holds what it held before.
     """
-    return publish_partitions(folder, partitions(conform(rows, LOGPS)), kind=LOGPS, identity=identity.to_dict())
+    kind = identity.kind
+    parts = partitions(conform(rows, kind), kind.shard_rows)
+    return publish_partitions(folder, parts, kind=kind, identity=identity.to_dict())
 
 
 class RowSource(Protocol):
@@ -46,7 +48,7 @@ class RowSource(Protocol):
 
 
 def publish_rows(
-    folder: Path, keys: KeySet, sources: Sequence[RowSource], identity: ReferenceIdentity, *, scratch: Path
+    folder: Path, keys: KeySet, sources: Sequence[RowSource], identity: Identity, *, scratch: Path
 ) -> Manifest:
     """Make `folder` a reference cache of exactly the rows of `keys`, each from the first of `sources` that has it.
 
@@ -54,12 +56,12 @@ def publish_rows(
     journals wait in temporary files in `scratch`. Raises CacheIncomplete where no source has a row.
     """
     with _publishing(folder), spill_folder(scratch) as spill:
-        parts = _gather(keys, sources, spill)
-        return publish_partitions(folder, parts, kind=LOGPS, identity=identity.to_dict())
+        parts = _gather(keys, sources, spill, identity.kind)
+        return publish_partitions(folder, parts, kind=identity.kind, identity=identity.to_dict())
 
 
-def _gather(keys: KeySet, sources: Sequence[RowSource], spill: Path) -> Iterator[tuple[int, pa.Table]]:
-    bits = partition_bits(len(keys))
+def _gather(keys: KeySet, sources: Sequence[RowSource], spill: Path, kind: Kind) -> Iterator[tuple[int, pa.Table]]:
+    bits = partition_bits(len(keys), kind.shard_rows)
     readers = []
     for number, source in enumerate(sources):
         own = spill / str(number)
@@ -68,7 +70,7 @@ def _gather(keys: KeySet, sources: Sequence[RowSource], spill: Path) -> Iterator
     for number in range(1 << bits):
         wanted, tables = keys.partition(number, bits), []
         for rows_of in readers:
-            rows = _first_rows(rows_of(number, wanted), wanted)
+            rows = _first_rows(rows_of(number, wanted), wanted, kind)
             if rows.num_rows:
                 wanted -= KeySet(rows[KEY_COLUMN])
                 tables.append(rows)
@@ -76,15 +78,15 @@ def _gather(keys: KeySet, sources: Sequence[RowSource], spill: Path) -> Iterator
             first = ", ".join(key.hex() for key, _ in zip(wanted, range(3), strict=False))
             raise CacheIncomplete(
                 f"{len(wanted)} rows of partition {number} are in none of {len(sources)} sources: {first}. "
-                "What was published before is intact. Run `dvc repro score`; only what is missing is scored."
+                f"What was published before is intact. Run `dvc repro {kind.stage}`; only what is missing is computed."
             )
         if tables:
             yield number, pa.concat_tables(tables)
 
 
-def _first_rows(tables: list[pa.Table], wanted: KeySet) -> pa.Table:
+def _first_rows(tables: list[pa.Table], wanted: KeySet, kind: Kind) -> pa.Table:
     """The first row of each key of `wanted` that `tables` have."""
-    rows = pa.concat_tables([LOGPS.schema.empty_table(), *tables])
+    rows = pa.concat_tables([kind.schema.empty_table(), *tables])
     positions = wanted.positions(key_array(rows[KEY_COLUMN]))
     present = np.flatnonzero(positions >= 0)
     _, first = np.unique(positions[present], return_index=True)

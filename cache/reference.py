@@ -1,14 +1,14 @@
 """Reading a published reference cache: whole, of the expected reference, and covering every key asked for."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMismatch, system_errors
-from cache.identity import ReferenceIdentity, require_identity
+from cache.identity import Identity, ReferenceIdentity, require_identity
 from cache.key_set import KeyArray, Keys, KeySet, key_array, key_bytes
 from cache.manifest import EXCHANGE, Manifest, Shard, file_digest, read_manifest, remedy
-from cache.schema import KEY_COLUMN, LOGPS, LOGPS_SCHEMA
+from cache.schema import KEY_COLUMN, LOGPS
 from cache.shards import read_shard_metadata, require_known_version
 from cache.spill import PartitionRows
 
@@ -31,12 +31,12 @@ ATTEMPTS = 20  # to find the folder between two publications
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A published reference cache. Make it with `open_reference`, which checks what is promised here."""
+class StoredRows:
+    """Published rows of any kind. Make it with `open_rows`, which checks what is promised here."""
 
     path: Path
     manifest: Manifest
-    identity: ReferenceIdentity
+    identity: Identity
     intact: set[str] = field(default_factory=set, repr=False, compare=False)  # shards whose bytes were checked
 
     @property
@@ -49,14 +49,14 @@ class Reference:
         return self.manifest.n_tokens
 
     def scan(self) -> pl.LazyFrame:
-        """All rows, lazily: the columns of LOGPS_SCHEMA, sorted by response_key.
+        """All rows, lazily: all columns of their kind, sorted by response_key.
 
         The first call hashes every shard, since polars would read some flipped bytes as other log-probs. Raises
         CacheCorrupt naming the shard, CacheError where another publication has replaced it.
         """
         self._require_intact()
         if not self.manifest.shards:
-            return pl.DataFrame(LOGPS_SCHEMA.empty_table()).lazy()
+            return pl.DataFrame(self.identity.kind.schema.empty_table()).lazy()
         return pl.scan_parquet([self.path / shard.file for shard in self.manifest.shards], glob=False)
 
     def keys(self) -> set[bytes]:
@@ -90,7 +90,8 @@ class Reference:
 
     def by_partition(self, keys: KeySet, bits: int, spill_to: Path) -> PartitionRows:
         """The rows of `keys` by partition, as cache.publish takes them; read from the shards partition by partition."""
-        return lambda _, wanted: [rows for _, rows in self.matching(wanted, LOGPS_SCHEMA.names)]
+        names = self.identity.kind.schema.names
+        return lambda _, wanted: [rows for _, rows in self.matching(wanted, names)]
 
     def missing(self, keys: Keys) -> list[bytes]:
         """Those of `keys` that have no row, once each, in the order asked."""
@@ -101,27 +102,25 @@ class Reference:
             found[positions] = True
         return _absent(asked, wanted, found)
 
-    def rows(self, keys: Keys, columns: Sequence[str] = tuple(LOGPS_SCHEMA.names)) -> pl.DataFrame:
-        """One row for each of `keys`, in the order asked; a key asked twice comes twice.
+    def rows(self, keys: Keys, columns: Sequence[str] | None = None) -> pl.DataFrame:
+        """One row for each of `keys`, in the order asked; a key asked twice comes twice. columns: None for all.
 
         Raises CacheIncomplete, naming how many are missing and the first few, rather than leave any out.
         """
+        schema = self.identity.kind.schema
+        columns = schema.names if columns is None else list(columns)
         asked = key_array(keys)
         wanted = KeySet(asked)
         row_of = np.full(len(wanted), -1)
-        frames, n_found = [pl.DataFrame(LOGPS_SCHEMA.empty_table().select(list(columns)))], 0
+        frames, n_found = [pl.DataFrame(schema.empty_table().select(columns))], 0
         for positions, rows in self.matching(wanted, columns):
             row_of[positions] = n_found + np.arange(len(positions))
             n_found += len(positions)
-            frames.append(pl.DataFrame(rows.select(list(columns))))
+            frames.append(pl.DataFrame(rows.select(columns)))
         if n_found < len(wanted):
             absent = _absent(asked, wanted, row_of >= 0)
             raise CacheIncomplete(self.incomplete(len(absent), absent, len(asked)))
         return pl.concat(frames)[row_of[wanted.positions(asked)]]
-
-    def sum_logps(self, keys: Keys) -> npt.NDArray[np.float64]:
-        """log pi_ref(response given prompt) in nats, (len(keys),) float64, in the order asked; raises as `rows`."""
-        return self.rows(keys, ["sum_logp"])["sum_logp"].to_numpy()
 
     @cached_property
     def _ranges(self) -> list["_Ranges"]:
@@ -154,7 +153,7 @@ class Reference:
                 if digest != shard.blake2b:
                     raise CacheCorrupt(
                         f"{self.path / shard.file} is damaged: its bytes hash to {digest[:12]}, expected "
-                        f"{shard.blake2b[:12]}. {remedy(self.path)}"
+                        f"{shard.blake2b[:12]}. {remedy(self.path, self.identity.kind.stage)}"
                     )
                 self.intact.add(shard.file)
 
@@ -170,7 +169,7 @@ class Reference:
                 ) from error
             raise CacheCorrupt(
                 f"A shard of {self.path} cannot be read: {error}. `refcache verify {self.path}` names it. "
-                + remedy(self.path)
+                + remedy(self.path, self.identity.kind.stage)
             ) from error
 
     def _was_replaced(self, error: Exception) -> bool:
@@ -184,9 +183,21 @@ class Reference:
         """The message of CacheIncomplete; `absent`: at least the first few of `n_absent` keys without a row."""
         first = ", ".join(key.hex() for key in islice(absent, SHOWN_KEYS)) + (", ..." if n_absent > SHOWN_KEYS else "")
         return (
-            f"{self.path} lacks {n_absent} of the {asked} responses asked for (it has {self.n_rows}): {first}. "
-            "The pairs changed after it was scored. Run `dvc repro score`; only what is missing is scored."
+            f"{self.path} lacks {n_absent} of the {asked} responses asked for (it has {self.n_rows}): {first}. The "
+            f"pairs changed after it was written. Run `dvc repro {self.identity.kind.stage}`; only what is missing is "
+            "computed."
         )
+
+
+@dataclass(frozen=True)
+class Reference(StoredRows):
+    """The log-probs of a reference, published. Make it with `open_reference`."""
+
+    identity: ReferenceIdentity
+
+    def sum_logps(self, keys: Keys) -> npt.NDArray[np.float64]:
+        """log pi_ref(response given prompt) in nats, (len(keys),) float64, in the order asked; raises as `rows`."""
+        return self.rows(keys, ["sum_logp"])["sum_logp"].to_numpy()
 
 
 class _Ranges(NamedTuple):
@@ -210,10 +221,25 @@ def open_reference(path: Path | str, *, expect: ReferenceIdentity | None) -> Ref
     files).
     """
     folder = Path(path)
+    manifest, identity = open_rows(folder, LOGPS.name, LOGPS.stage, ReferenceIdentity.from_dict, expect)
+    return Reference(folder, manifest, identity)
+
+
+SomeIdentity = TypeVar("SomeIdentity", bound=Identity)
+
+
+def open_rows(
+    folder: Path,
+    kind: str,
+    stage: str,
+    parse: Callable[[dict[str, Any]], SomeIdentity],
+    expect: SomeIdentity | None,
+) -> tuple[Manifest, SomeIdentity]:
+    """What `open_reference` does, for rows of any kind. parse: the manifest's identity to its class."""
     for remaining in reversed(range(ATTEMPTS)):
         try:
             with system_errors(f"read {folder}", kept="Nothing was changed."):
-                return _open(folder, expect)
+                return _open(folder, kind, stage, parse, expect)
         except CacheCorrupt:
             # A publication may have passed between two looks at the folder; real damage is still there next time.
             if not remaining:
@@ -221,23 +247,29 @@ def open_reference(path: Path | str, *, expect: ReferenceIdentity | None) -> Ref
     raise AssertionError("unreachable")
 
 
-def _open(folder: Path, expect: ReferenceIdentity | None) -> Reference:
-    manifest = read_manifest(folder)
-    if manifest.kind != LOGPS.name:
-        raise CacheMismatch(f"{folder} is a reference cache of kind {manifest.kind!r}, expected {LOGPS.name!r}.")
-    identity = ReferenceIdentity.from_dict(manifest.identity)
+def _open(
+    folder: Path,
+    kind: str,
+    stage: str,
+    parse: Callable[[dict[str, Any]], SomeIdentity],
+    expect: SomeIdentity | None,
+) -> tuple[Manifest, SomeIdentity]:
+    manifest = read_manifest(folder, stage)
+    if manifest.kind != kind:
+        raise CacheMismatch(f"{folder} is a reference cache of kind {manifest.kind!r}, expected {kind!r}.")
+    identity = parse(manifest.identity)
     if expect is not None:
         require_identity(folder, identity, expect)
     for shard in manifest.shards:
-        _require_shard(folder, shard, manifest)
+        _require_shard(folder, shard, manifest, remedy(folder, stage))
     strays = stray_shards(folder, manifest)
     if strays:
         raise CacheCorrupt(
             f"{folder} holds {', '.join(strays)}, which {'is' if len(strays) == 1 else 'are'} not in its manifest; "
-            "whoever scans the folder would read foreign rows. Move such files away, or run "
-            f"`refcache verify {folder} --repair`, which does."
+            "whoever scans the folder would read foreign rows. Move such files away"
+            + (f", or run `refcache verify {folder} --repair`, which does." if stage == LOGPS.stage else ".")
         )
-    return Reference(folder, manifest, identity)
+    return manifest, identity
 
 
 def stray_shards(folder: Path, manifest: Manifest) -> list[str]:
@@ -250,20 +282,20 @@ def stray_shards(folder: Path, manifest: Manifest) -> list[str]:
     return sorted(present - manifest.files - set(exchanged))
 
 
-def _require_shard(folder: Path, shard: Shard, manifest: Manifest) -> None:
+def _require_shard(folder: Path, shard: Shard, manifest: Manifest, remedy: str) -> None:
     path = folder / shard.file
     try:
         size = path.stat().st_size
         if size != shard.bytes:
-            raise CacheCorrupt(f"{path} has {size} bytes, expected {shard.bytes}. {remedy(folder)}")
+            raise CacheCorrupt(f"{path} has {size} bytes, expected {shard.bytes}. {remedy}")
         found = read_shard_metadata(pq.read_schema(path))
     except FileNotFoundError:
-        raise CacheCorrupt(f"{path} is listed in the manifest but missing. {remedy(folder)}") from None
+        raise CacheCorrupt(f"{path} is listed in the manifest but missing. {remedy}") from None
     except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: pyarrow decodes names in a damaged footer
-        raise CacheCorrupt(f"{path} is no readable Parquet file: {error}. {remedy(folder)}") from error
+        raise CacheCorrupt(f"{path} is no readable Parquet file: {error}. {remedy}") from error
     require_known_version(path, found)
     if found.get("reference_id") != manifest.reference_id:
         raise CacheMismatch(
             f"{path} belongs to reference {found.get('reference_id', 'unknown')}, "
-            f"but the manifest beside it to {manifest.reference_id}. {remedy(folder)}"
+            f"but the manifest beside it to {manifest.reference_id}. {remedy}"
         )

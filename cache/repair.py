@@ -16,15 +16,15 @@ import pyarrow.parquet as pq
 
 from cache.durable import PARTIAL, sync_folder
 from cache.errors import CacheError, system_errors
-from cache.identity import ReferenceIdentity, require_identity
+from cache.identity import Identity, ReferenceIdentity, require_identity
 from cache.manifest import EXCHANGE, MANIFEST, SHARD_NAME, Shard, file_digest, make_manifest, read_manifest
-from cache.reference import Reference
-from cache.schema import FORMAT_VERSION, LOGPS
+from cache.reference import Reference, StoredRows
+from cache.schema import FORMAT_VERSION
 from cache.shards import read_shard_metadata
 from cache.verify import Finding, UnsoundShard, read_content, verify
 
 
-def sound_part(folder: Path, identity: ReferenceIdentity) -> Reference | None:
+def sound_part(folder: Path, identity: Identity) -> StoredRows | None:
     """The sound shards of this very reference in `folder`, or None where there are none.
 
     Every byte of them is read. Listed shards come first; others of the same reference (the manifest may be damaged, or
@@ -36,11 +36,13 @@ def sound_part(folder: Path, identity: ReferenceIdentity) -> Reference | None:
         shards = _sound_shards(folder, identity)
     if not shards:
         return None
-    manifest = make_manifest(LOGPS.name, identity.to_dict(), shards)
-    return Reference(folder, manifest, identity, intact=set(manifest.files))
+    manifest = make_manifest(identity.kind.name, identity.to_dict(), shards)
+    if isinstance(identity, ReferenceIdentity):
+        return Reference(folder, manifest, identity, intact=set(manifest.files))
+    return StoredRows(folder, manifest, identity, intact=set(manifest.files))
 
 
-def _sound_shards(folder: Path, identity: ReferenceIdentity) -> list[Shard]:
+def _sound_shards(folder: Path, identity: Identity) -> list[Shard]:
     listed = listed_shards(folder, identity)
     present = [path.name for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name)]
     ranges: list[tuple[list[int], list[int]]] = []
@@ -54,7 +56,7 @@ def _sound_shards(folder: Path, identity: ReferenceIdentity) -> list[Shard]:
         if not name.endswith(f"-{digest[:32]}.parquet"):
             continue
         try:
-            content = read_content(path, identity.reference_id)
+            content = read_content(path, identity.reference_id, identity.kind)
         except UnsoundShard:
             continue
         if not content.rows:
@@ -68,7 +70,7 @@ def _sound_shards(folder: Path, identity: ReferenceIdentity) -> list[Shard]:
     return sound
 
 
-def listed_shards(folder: Path, identity: ReferenceIdentity) -> set[str]:
+def listed_shards(folder: Path, identity: Identity) -> set[str]:
     """The names in the folder's manifest; empty where it can't be read or is another reference's."""
     try:
         manifest = read_manifest(folder)

@@ -27,13 +27,20 @@ LOGPS_SCHEMA = pa.schema(
 
 
 class Kind(NamedTuple):
-    """A kind of reference cache: its name in the manifest, its columns, and what it refuses to store."""
+    """A kind of reference cache: its name in the manifest, its columns, and what it refuses to store.
+
+    shard_rows, row_group_rows: None for SHARD_ROWS and ROW_GROUP_ROWS, which suit rows of a few kilobytes.
+    """
 
     name: str
     schema: pa.Schema
     dictionary: list[str]  # Parquet column paths; everything else is stored plain or byte-stream-split
     byte_stream_split: list[str]
     check: Callable[[pa.Table], None]  # raises CacheError naming the key of a row that must not be stored
+    noun: str  # what its rows are, in messages
+    stage: str  # of dvc.yaml, which writes it; named in messages
+    shard_rows: int | None = None
+    row_group_rows: int | None = None
 
 
 def parquet_options(kind: Kind) -> dict[str, Any]:
@@ -106,23 +113,24 @@ def check_logps(table: pa.Table) -> None:
 def _check_batch(batch: pa.RecordBatch) -> None:
     n_tokens = batch["n_tokens"].to_numpy()
     lengths = {name: batch[name].value_lengths().to_numpy() for name in ("token_ids", "token_logps")}
-    _refuse(batch, batch["n_prompt_tokens"].to_numpy() < 1, "has no prompt token, so its first token has no log-prob")
-    _refuse(batch, n_tokens < 1, "is empty: a response needs at least one token")
+    refuse(batch, batch["n_prompt_tokens"].to_numpy() < 1, "has no prompt token, so its first token has no log-prob")
+    refuse(batch, n_tokens < 1, "is empty: a response needs at least one token")
     for name, found in lengths.items():
-        _refuse(batch, found != n_tokens, f"has {name} of another length than n_tokens")
+        refuse(batch, found != n_tokens, f"has {name} of another length than n_tokens")
         if batch[name].flatten().null_count:
             raise CacheError(f"{name} holds nulls; every token needs a value. Nothing of this batch was stored.")
     logps = batch["token_logps"].flatten().to_numpy().astype(np.float64)
     starts = np.concatenate([[0], np.cumsum(n_tokens[:-1], dtype=np.int64)])
-    _refuse(batch, np.logical_or.reduceat(~np.isfinite(logps), starts), "has a log-prob that is NaN or infinite")
-    _refuse(batch, np.maximum.reduceat(logps, starts) > 0, "has a log-prob above 0, a probability above 1")
+    refuse(batch, np.logical_or.reduceat(~np.isfinite(logps), starts), "has a log-prob that is NaN or infinite")
+    refuse(batch, np.maximum.reduceat(logps, starts) > 0, "has a log-prob above 0, a probability above 1")
     sums, stated = np.add.reduceat(logps, starts), batch["sum_logp"].to_numpy()
     # All terms have one sign, so any order of summation agrees to n * 2^-53 of the sum; NaN must not slip through.
     agree = np.abs(stated - sums) <= 1e-10 * np.abs(sums)
-    _refuse(batch, ~agree, "has a sum_logp that is not the float64 sum of its token_logps")
+    refuse(batch, ~agree, "has a sum_logp that is not the float64 sum of its token_logps")
 
 
-def _refuse(batch: pa.RecordBatch, bad: npt.NDArray[np.bool_], why: str) -> None:
+def refuse(batch: pa.RecordBatch, bad: npt.NDArray[np.bool_], why: str) -> None:
+    """Raise CacheError naming the first row that is `bad`, (rows,), if any is; `why` continues "Response KEY ..."."""
     if bad.any():
         rows = np.flatnonzero(bad)
         key = batch[KEY_COLUMN][int(rows[0])].as_py().hex()
@@ -136,4 +144,6 @@ LOGPS = Kind(
     dictionary=["token_ids.list.element"],
     byte_stream_split=["sum_logp", "token_logps.list.element"],
     check=check_logps,
+    noun="log-probs",
+    stage="score",
 )

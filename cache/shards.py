@@ -20,17 +20,17 @@ from cache.schema import FORMAT_VERSION, KEY_COLUMN, METADATA_KEY, ROW_GROUP_ROW
 SHARD_ROWS = 50_000  # at most, on average: some 100 MB of 500-token responses
 
 
-def partition_bits(n_rows: int) -> int:
-    """Log2 of the number of shards: the smallest with at most SHARD_ROWS rows a shard; a function of `n_rows` alone."""
+def partition_bits(n_rows: int, shard_rows: int | None = None) -> int:
+    """Log2 of the number of shards: the smallest with at most `shard_rows` rows a shard (None: SHARD_ROWS)."""
     bits = 0
-    while n_rows > SHARD_ROWS << bits:
+    while n_rows > (shard_rows or SHARD_ROWS) << bits:
         bits += 1
     return bits
 
 
-def partitions(rows: pa.Table) -> Iterator[tuple[int, pa.Table]]:
+def partitions(rows: pa.Table, shard_rows: int | None = None) -> Iterator[tuple[int, pa.Table]]:
     """(partition, its rows) in order: partition p holds the keys whose leading bits are p; empty ones are left out."""
-    bits = partition_bits(rows.num_rows)
+    bits = partition_bits(rows.num_rows, shard_rows)
     numbers = partitions_of(key_array(rows[KEY_COLUMN]), bits)
     for number in range(1 << bits):
         # Filter before sorting: a take over the whole table would copy it, and overflow the offsets of its lists.
@@ -57,9 +57,10 @@ def write_shard(folder: Path, number: int, rows: pa.Table, kind: Kind, identity:
     order = _key_order(rows)
     partial = partial_of(folder / f"{kind.name}-{number:05d}")
     options = parquet_options(kind) | {"sorting_columns": [pq.SortingColumn(0)]}
+    step = kind.row_group_rows or ROW_GROUP_ROWS
     with pq.ParquetWriter(partial, rows.schema, **options) as writer:
-        for start in range(0, max(len(order), 1), ROW_GROUP_ROWS):
-            group = rows.take(order[start : start + ROW_GROUP_ROWS])
+        for start in range(0, max(len(order), 1), step):
+            group = rows.take(order[start : start + step])
             kind.check(group)
             writer.write_table(group)
     sync_file(partial)

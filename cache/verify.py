@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from cache.errors import CacheCorrupt, CacheError, CacheMismatch, system_errors
 from cache.key_set import KeyArray, key_array
 from cache.manifest import EXCHANGE, MANIFEST, Manifest, Shard, file_digest, read_manifest, remedy
-from cache.schema import KEY_COLUMN, LOGPS
+from cache.schema import KEY_COLUMN, LOGPS, Kind
 from cache.shards import partition_bits, partitions_of, read_shard_metadata, require_known_version
+from cache.sketches import stated_identity
 
 DRIFT = "drift.json"
 COMPANIONS = {MANIFEST, DRIFT}  # what may stand beside the shards
@@ -47,10 +48,14 @@ def _verify(folder: Path, on_sound: Callable[[Shard], None] | None) -> list[Find
     except CacheCorrupt as error:
         return [Finding(file=MANIFEST, problem=str(error), remedy=remedy(folder))]
     findings = list(_check_folder(folder, manifest))
+    try:
+        kind = stated_identity(manifest).kind
+    except CacheError as error:
+        return [*findings, Finding(file=MANIFEST, problem=str(error), remedy="Upgrade refcache.")]
     for shard in manifest.shards:
-        problem = _problem(folder, shard, manifest)
+        problem = _problem(folder, shard, manifest, kind)
         if problem is not None:
-            findings.append(Finding(file=shard.file, problem=problem, remedy=remedy(folder)))
+            findings.append(Finding(file=shard.file, problem=problem, remedy=remedy(folder, kind.stage)))
         elif on_sound is not None:
             on_sound(shard)
     return findings
@@ -72,8 +77,6 @@ def _check_folder(folder: Path, manifest: Manifest) -> Iterator[Finding]:
                 problem="not in the manifest",
                 remedy=f"Move it away, or run `refcache verify {folder} --repair`, which does.",
             )
-    if manifest.kind != LOGPS.name:
-        yield Finding(file=MANIFEST, problem=f"unknown kind {manifest.kind!r}", remedy="Upgrade refcache.")
     if not is_json_object_or_absent(folder / DRIFT):
         yield Finding(
             file=DRIFT,
@@ -91,7 +94,7 @@ def is_json_object_or_absent(path: Path) -> bool:
         return False
 
 
-def _problem(folder: Path, shard: Shard, manifest: Manifest) -> str | None:
+def _problem(folder: Path, shard: Shard, manifest: Manifest, kind: Kind) -> str | None:
     path = folder / shard.file
     if not path.is_file():
         return "listed in the manifest but missing"
@@ -101,13 +104,14 @@ def _problem(folder: Path, shard: Shard, manifest: Manifest) -> str | None:
     if (digest := file_digest(path)) != shard.blake2b:
         return f"its bytes hash to {digest[:12]}, expected {shard.blake2b[:12]}"
     try:
-        content = read_content(path, manifest.reference_id)
+        content = read_content(path, manifest.reference_id, kind)
     except UnsoundShard as unsound:
         return str(unsound)
     if (content.rows, content.tokens) != (shard.rows, shard.tokens):
         found, expected = f"{content.rows} rows and {content.tokens} tokens", f"{shard.rows} and {shard.tokens}"
         return f"has {found}, expected {expected}"
-    if len(set(partitions_of(content.ends, partition_bits(manifest.n_rows)).tolist())) > 1:
+    bits = partition_bits(manifest.n_rows, kind.shard_rows)
+    if len(set(partitions_of(content.ends, bits).tolist())) > 1:
         return "holds keys of more than one partition"
     return None
 
@@ -124,7 +128,7 @@ class ShardContent(NamedTuple):
     ends: KeyArray
 
 
-def read_content(path: Path, reference_id: str) -> ShardContent:
+def read_content(path: Path, reference_id: str, kind: Kind = LOGPS) -> ShardContent:
     """Read all of a shard; raises UnsoundShard for another reference, other columns, refused values or wrong order.
 
     Raises CacheMismatch for a shard that a newer version wrote.
@@ -136,14 +140,15 @@ def read_content(path: Path, reference_id: str) -> ShardContent:
             require_known_version(path, stated)
             if stated.get("reference_id") != reference_id:
                 raise UnsoundShard(f"belongs to reference {stated.get('reference_id')}, expected {reference_id}")
-            if not schema.remove_metadata().equals(LOGPS.schema):
-                raise UnsoundShard(f"has the columns {schema.names}, or their types, not those of kind {LOGPS.name}")
+            if not schema.remove_metadata().equals(kind.schema):
+                raise UnsoundShard(f"has the columns {schema.names}, or their types, not those of kind {kind.name}")
             parts, tokens = [key_array(())], 0
             for group in range(file.num_row_groups):
                 rows = file.read_row_group(group)
-                LOGPS.check(rows)
+                kind.check(rows)
                 parts.append(key_array(rows[KEY_COLUMN]))
-                tokens += int(rows["n_tokens"].to_numpy().sum(dtype=np.int64))
+                if "n_tokens" in schema.names:
+                    tokens += int(rows["n_tokens"].to_numpy().sum(dtype=np.int64))
     except CacheMismatch:  # a newer version's: not damage
         raise
     except CacheError as error:  # of the check of values

@@ -20,7 +20,7 @@ class Engine:
     """A DeepSpeed engine around a module, reduced to what the loop needs. One per rank."""
 
     def __init__(self, module: nn.Module, loop: LoopParams, *, micro_steps: int) -> None:
-        """micro_steps: backward passes per optimizer step on each rank."""
+        """micro_steps: backward passes per optimizer step on each rank; only whether it is 1 matters."""
         init_distributed()
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.partial = any(not p.requires_grad for p in module.parameters())
@@ -33,11 +33,15 @@ class Engine:
         self._plain_optimizer = loop.zero_stage == 0 and loop.dtype == "float32"
         self._grad_norm = 0.0
 
-    def __call__(self, *args: Tensor) -> Tensor:
+    def __call__(self, *args: Any) -> Tensor:
         return self.engine(*args)
 
-    def backward(self, loss: Tensor) -> None:
-        """loss: this micro-batch's share of the batch loss; shares of all ranks and micro-batches add up to it."""
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """loss: this micro-batch's share of the batch loss; shares of all ranks and micro-batches add up to it.
+
+        last: of the batch. Batches may differ in how many they have, but not ranks.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages over micro-batches and ranks; we want the sum.
         self.engine.backward(loss * self._loss_scale)
 
@@ -168,13 +172,15 @@ def _whole(parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
 
 def _config(loop: LoopParams, micro_steps: int, ranks: int) -> dict[str, Any]:
     # Without offload, torch's own AdamW: DeepSpeed's kernels would be compiled on first use, and need nvcc on GPUs.
-    adamw = {
+    adamw: dict[str, Any] = {
         "lr": loop.learning_rate,
         "betas": loop.adam_betas,
         "eps": loop.adam_epsilon,
         "weight_decay": loop.weight_decay,
         "torch_adam": not loop.optimizer_offload or not torch.cuda.is_available(),
     }
+    if adamw["torch_adam"]:
+        adamw["fused"] = True  # in one pass, without temporaries as large as a parameter (under ZeRO, as all of them)
     # Without ZeRO, DeepSpeed has no float32 master weights beside bf16 ones; its stage 1 has, also on one rank.
     zero: dict[str, Any] = {"stage": max(1, loop.zero_stage) if loop.dtype == "bfloat16" else loop.zero_stage}
     if loop.optimizer_offload:

@@ -12,7 +12,7 @@ class HeldOutPairs:
     def __init__(self, task: Task, loop: LoopParams, *, every: int) -> None:
         """task: over the held-out pairs alone. every: optimizer steps between measurements."""
         self.task, self.every = task, every
-        self.micro_batch_size = loop.micro_batch_size
+        self.micro_batch_size, self.tokens_per_batch = loop.micro_batch_size, loop.tokens_per_batch
 
     def due(self, step: int, steps: int) -> bool:
         """After every so many steps, and after the last one."""
@@ -41,5 +41,16 @@ class HeldOutPairs:
         return [(micro, True) for micro in mine] + [(np.zeros(1, np.int64), False)] * missing
 
     def _share(self, rank: int, ranks: int) -> list[np.ndarray]:
-        mine = np.argsort(self.task.lengths, kind="stable")[rank::ranks]
-        return [mine[start : start + self.micro_batch_size] for start in range(0, len(mine), self.micro_batch_size)]
+        parts: list[np.ndarray] = []
+        for example in np.argsort(self.task.lengths, kind="stable")[rank::ranks]:
+            grown = np.append(parts[-1], example) if parts else np.array([example])
+            if parts and self._fits(grown):
+                parts[-1] = grown
+            else:
+                parts.append(np.array([example]))
+        return parts
+
+    def _fits(self, examples: np.ndarray) -> bool:
+        if self.tokens_per_batch is None:
+            return len(examples) <= self.micro_batch_size
+        return self.task.tokens(examples) <= self.tokens_per_batch

@@ -1,117 +1,127 @@
-"""Token log-probs of responses under a causal language model, without all logits in memory at once."""
+"""Token log-probs of responses under a causal language model, in padded rows or in one run without pads."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from pipeline.chunked_head import ChunkedHead, causal_model
+from pipeline.prompt_groups import PromptGroups, positions
 
 Tokens = Sequence[int] | np.ndarray
 
 
 class TokenBatch(NamedTuple):
-    """N right-padded sequences and the T positions whose next token is a response token.
+    """N sequences of prompt and response, and the T places whose next token is a response token.
 
-    input_ids: (N, L). rows, positions: (T,), position p of row n predicts token p + 1. targets: (T,), that token.
+    input_ids: (N, L), a right-padded sequence a row, or (1, L), groups one after another. rows: (T,), the sequence that
+    the token belongs to. places: (T,), in the flattened input_ids, of the token that predicts it. targets: (T,), the
+    token. position_ids: (1, L), and groups: how the run divides; both None where padded.
     """
 
     input_ids: Tensor
     rows: Tensor
-    positions: Tensor
+    places: Tensor
     targets: Tensor
+    position_ids: Tensor | None = None
+    groups: PromptGroups | None = None
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        return TokenBatch(*(tensor.to(device) for tensor in self))
+        return TokenBatch(*(part if part is None else part.to(device) for part in self))
 
 
 def collate(sequences: Sequence[tuple[Tokens, Tokens]]) -> TokenBatch:
     """Pad (prompt ids, response ids) on the right; pad positions hold token 0 and are never read."""
     lengths = [len(prompt) + len(response) for prompt, response in sequences]
-    input_ids = torch.zeros(len(sequences), max(lengths), dtype=torch.int64)
-    rows, positions = [], []
+    longest = max(lengths)
+    input_ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    rows, places = [], []
     for row, ((prompt, response), length) in enumerate(zip(sequences, lengths, strict=True)):
         input_ids[row, : len(prompt)] = torch.from_numpy(np.array(prompt, dtype=np.int64))
         input_ids[row, len(prompt) : length] = torch.from_numpy(np.array(response, dtype=np.int64))
         # The first response token is predicted from the last prompt token.
-        positions.append(torch.arange(len(prompt) - 1, length - 1))
+        places.append(torch.arange(len(prompt) - 1, length - 1) + row * longest)
         rows.append(torch.full((len(response),), row))
-    flat_rows, flat_positions = torch.cat(rows), torch.cat(positions)
-    return TokenBatch(input_ids, flat_rows, flat_positions, input_ids[flat_rows, flat_positions + 1])
+    flat = torch.cat(places)
+    return TokenBatch(input_ids, torch.cat(rows), flat, input_ids.flatten()[flat + 1])
 
 
-def causal_model(model: nn.Module) -> nn.Module:
-    """The transformers model itself, out of its peft wrapper if it has one (peft injects its layers in place)."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def pack(sequences: Sequence[tuple[Tokens, Tokens]], prompts: Sequence[int] | np.ndarray) -> TokenBatch:
+    """(prompt ids, response ids) in one run without pads; sequences of equal number in `prompts` share their prompt.
+
+    For models that `use_prompt_groups` prepared. prompts: (N,).
+    """
+    members: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        members.setdefault(int(prompt), []).append(row)
+    shape = {
+        prompt: (len(sequences[rows[0]][0]), *(len(sequences[row][1]) for row in rows))
+        for prompt, rows in members.items()
+    }
+    order = sorted(members, key=lambda prompt: sum(shape[prompt]))
+    ids, rows, places = [], [], []
+    start = 0
+    for number in order:
+        prompt = sequences[members[number][0]][0]
+        ids.append(np.array(prompt, dtype=np.int64))
+        start += len(prompt)
+        last_of_prompt = start - 1
+        for row in members[number]:
+            response = sequences[row][1]
+            ids.append(np.array(response, dtype=np.int64))
+            # The first response token is predicted from the last prompt token, wherever the response stands.
+            places += [np.array([last_of_prompt]), np.arange(start, start + len(response) - 1)]
+            rows.append(np.full(len(response), row))
+            start += len(response)
+    targets = np.concatenate([np.array(sequences[row][1], dtype=np.int64) for n in order for row in members[n]])
+    groups = PromptGroups([shape[number] for number in order])
+    return TokenBatch(
+        torch.from_numpy(np.concatenate(ids))[None],
+        torch.from_numpy(np.concatenate(rows)),
+        torch.from_numpy(np.concatenate(places)),
+        torch.from_numpy(targets),
+        torch.cat([positions(group) for group in groups.lengths])[None],
+        groups,
+    )
 
 
 class ResponseLogps(nn.Module):
-    """A causal language model that answers with log-probs: forward(batch) -> (T,) float32, nats.
+    """A causal language model that answers with log-probs: forward(*TokenBatch) -> (T,) float32, nats.
 
-    model: a transformers causal LM. chunk_tokens: response tokens whose vocabulary-wide logits exist at once; they are
-    recomputed in backward, so peak memory is chunk x vocabulary, not response tokens x vocabulary.
+    model: a transformers causal LM. chunk_tokens: response tokens whose vocabulary-wide logits exist at once, None for
+    a fixed number of bytes; they are computed again in backward, so peak memory does not grow with response tokens x
+    vocabulary.
     """
 
-    def __init__(self, model: nn.Module, chunk_tokens: int) -> None:
+    def __init__(self, model: nn.Module, chunk_tokens: int | None) -> None:
         super().__init__()
         self.model = model
         self.head = ChunkedHead(model, chunk_tokens)
 
-    def forward(self, input_ids: Tensor, rows: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
-        # No attention mask: padding is on the right and attention is causal, so no real token ever sees a pad.
+    def forward(
+        self,
+        input_ids: Tensor,
+        rows: Tensor,
+        places: Tensor,
+        targets: Tensor,
+        position_ids: Tensor | None = None,
+        groups: PromptGroups | None = None,
+    ) -> Tensor:
+        return self.head(self.states(input_ids, places, position_ids, groups), targets)
+
+    def states(
+        self, input_ids: Tensor, places: Tensor, position_ids: Tensor | None, groups: PromptGroups | None
+    ) -> Tensor:
+        """Final hidden states at `places`, (T, width)."""
         decoder = causal_model(self.model).base_model
-        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.head(hidden[rows, positions], targets)
-
-
-class ChunkedHead(nn.Module):
-    """Shares the model's output weights. A module of its own, so that ZeRO-3 gathers them once around all chunks."""
-
-    def __init__(self, model: nn.Module, chunk_tokens: int) -> None:
-        super().__init__()
-        output = causal_model(model).get_output_embeddings()
-        if not isinstance(output, nn.Linear):
-            raise ValueError(
-                f"{type(model).__name__}: the output head is a {type(output).__name__}, expected nn.Linear"
-            )
-        self.weight, self.bias = output.weight, output.bias
-        self.chunk_tokens = chunk_tokens
-        config = model.config.get_text_config()
-        # The three ways in which transformers' architectures alter logits after the head.
-        self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2, 3
-        self.scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-        self.scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-
-    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        chunks = zip(hidden.split(self.chunk_tokens), targets.split(self.chunk_tokens), strict=True)
-        if not torch.is_grad_enabled():
-            logits = hidden.new_empty(min(len(hidden), self.chunk_tokens), len(self.weight))
-            return torch.cat([self._chunk_in_place(logits, *chunk) for chunk in chunks])
-        return torch.cat([checkpoint(self._chunk, *chunk, use_reentrant=False) for chunk in chunks])
-
-    def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = F.linear(hidden, self.weight, self.bias).float() * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return -F.cross_entropy(logits, targets, reduction="none")
-
-    def _chunk_in_place(self, logits: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
-        """As `_chunk`, in one array for all chunks: allocators that keep what is freed would pile up several."""
-        logits = logits[: len(hidden)]
-        torch.mm(hidden, self.weight.T, out=logits)
-        if self.bias is not None:
-            logits += self.bias
-        logits = logits.float()  # the array itself in float32
-        if self.scale != 1.0:
-            logits *= self.scale
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        chosen = logits.gather(1, targets[:, None])[:, 0]
-        largest = logits.amax(dim=1, keepdim=True)
-        log_total = logits.sub_(largest).exp_().sum(dim=1).log_() + largest[:, 0]
-        return chosen - log_total
+        # No attention mask for padded rows: padding is on the right and attention is causal, so no real token ever
+        # sees a pad.
+        packed: dict[str, Any] = {} if groups is None else {"position_ids": position_ids, "prompt_groups": groups}
+        hidden = decoder(input_ids=input_ids, use_cache=False, **packed).last_hidden_state
+        # index_select: the last prompt token serves all its responses, and repeated indices are slow otherwise.
+        return hidden.flatten(0, 1).index_select(0, places)
 
 
 def sequence_sums(token_logps: Tensor, rows: Tensor, n_rows: int) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from pipeline.chunked_head import causal_model
 from pipeline.errors import RequestError
-from pipeline.logps import causal_model
 from pipeline.params import ModelParams, ScratchModel
 from pipeline.tokenizer import open_tokenizer
 

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.logps import ChunkedHead
+from pipeline.chunked_head import ChunkedHead
 from pipeline.weights import tensor_files
 
 

@@ -148,6 +148,9 @@ class LoopParams(Section):
     epochs: Annotated[float, Field(ge=0)] = 1.0
     batch_size: Positive = 16  # examples (pairs, in train) per optimizer step, over all ranks
     micro_batch_size: Positive = 8  # of them in one forward on one rank
+    batch_order: Literal["examples", "prompts"] = "examples"  # shuffled one by one, or with all pairs of a prompt
+    tokens_per_batch: Positive | None = None  # of one forward on one rank, instead of micro_batch_size
+    layout: Literal["auto", "shared_prompts", "packed", "padded"] = "auto"  # of a forward (pipeline/layout.py)
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the steps
@@ -157,7 +160,7 @@ class LoopParams(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     activation_checkpointing: bool = False
     optimizer_offload: bool = False  # optimizer states in host memory; needs ZeRO 1 or higher
-    logps_chunk_tokens: Positive = 1024  # response tokens whose logits exist at once
+    logps_chunk_tokens: Positive | None = None  # response tokens whose logits exist at once; null: 64 MiB of logits
     checkpoint_every: Positive = 100  # optimizer steps
     keep_checkpoints: Positive = 2
 
@@ -232,6 +235,21 @@ class ScoreParams(Section):
     drift_sample: Positive = 64  # responses forwarded again by transformers in train.dtype
 
 
+class SketchParams(Section):
+    """Gradient sketches of the training responses (docs/sketches.md); batch_tokens and checkpointing change no number.
+
+    k, audit: numbers per parameter group, and of the independent audit sketch.
+    """
+
+    mode: Literal["none", "tensorsketch", "exact"] = "none"
+    k: Annotated[int, Field(ge=2)] = 1024
+    audit: Annotated[int, Field(ge=2)] = 256
+    seed: NonNegative = 0  # of the hashes
+    dtype: Dtype = "float32"
+    batch_tokens: Positive = 4096  # of prompts and responses, padding included, in one backward
+    activation_checkpointing: bool = False
+
+
 class EvaluateParams(Section):
     prompts: NonNegative = 64  # held-out prompts that the policy answers, for KL and reward; 0: none
     samples_per_prompt: Positive = 4
@@ -251,6 +269,7 @@ class Params(Section):
     prepare: PrepareParams
     sft: SftParams
     score: ScoreParams
+    sketch: SketchParams = SketchParams()
     trainable: Trainable
     train: TrainParams
     sweep: SweepParams
@@ -281,10 +300,12 @@ def variant_loop(train: TrainParams, name: str) -> TrainParams:
         problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {p['input']!r}" for p in error.errors()]
         raise ValueError(f"train.variants.{name}.settings: {'; '.join(problems)}") from None
     variant = train.variants[name]
-    if variant.needs_whole_batch and (loop.ranks > 1 or loop.micro_batch_size < loop.batch_size):
+    micro = loop.micro_batch_size if loop.tokens_per_batch is None else 0
+    if variant.needs_whole_batch and (loop.ranks > 1 or micro < loop.batch_size):
         raise ValueError(
             f"train.variants.{name}: {variant.objective} compares pairs across the batch, so the batch must be one "
             f"micro-batch on one rank; found batch_size {loop.batch_size}, micro_batch_size "
-            f"{loop.micro_batch_size}, ranks {loop.ranks}. Set them so in the variant's settings"
+            f"{loop.micro_batch_size}, tokens_per_batch {loop.tokens_per_batch}, ranks {loop.ranks}. Set "
+            "them (tokens_per_batch: null) in the variant's settings"
         )
     return loop

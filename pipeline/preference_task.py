@@ -4,21 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from cache import join_sum_logps, locate, open_reference
+from cache import join_sum_logps, open_reference
 from pipeline.deepspeed_engine import Engine, divided_from_the_start
 from pipeline.held_out import HeldOutPairs
 from pipeline.launch import Job
-from pipeline.logps import ResponseLogps, collate, sequence_sums
+from pipeline.layout import choose_layout
+from pipeline.logps import ResponseLogps, sequence_sums
 from pipeline.models import disable_dropout, load_policy_start
 from pipeline.objectives import OBJECTIVES, PairLogps
+from pipeline.pair_batches import PairBatches
 from pipeline.params import LoopParams, Trainable
-from pipeline.prepared_data import PAIR_SIDES, name_pairs, scan_pairs, scan_responses
-from pipeline.splitting import held_out_rows
+from pipeline.prepared_data import name_pairs
 from pipeline.start_check import StartCheck
 from pipeline.trainable import select_trainable
 from pipeline.training import micro_steps_for
@@ -37,40 +37,33 @@ class PreferenceTask:
         hyperparameters: dict[str, Any],
         reward_beta: float,
         drift_tolerance: float,
+        layout: str,
         split: str = "train",
         most: int | None = None,
     ) -> None:
         """split: "train" or "test"; most: take no more than so many pairs of it.
 
-        reward_beta: inverse temperature of the reward metrics.
+        layout: "padded", "packed" or "shared_prompts". reward_beta: inverse temperature of the reward metrics.
 
         drift_tolerance: nats a response by which the policy may differ from the cached reference at the start.
         """
         self.objective, self.hyperparameters = OBJECTIVES[objective], hyperparameters
         self.beta = reward_beta
-        table = scan_pairs(pairs).filter(pl.col("split") == split).select(PAIR_SIDES).collect()
-        if most is not None:
-            table = table[held_out_rows(len(table), most)]
+        self.pairs = PairBatches(pairs, layout, split=split, most=most)
+        self.layout, self.lengths, self.groups = layout, self.pairs.lengths, self.pairs.groups
         self.start = StartCheck(reference, pairs, drift_tolerance)
-        of_split = scan_responses(pairs).filter(pl.col("split") == split)
-        responses = of_split.select("response_key", "prompt_ids", "response_ids").collect()
-        self.prompts = responses["prompt_ids"]
-        self.responses = responses["response_ids"]
-        self.response_lengths = responses["response_ids"].list.len().to_numpy().astype(np.int64)
-        # (n_pairs, 2): chosen and rejected, as rows of `responses`.
-        self.sides = np.stack([locate(table[side], responses["response_key"]) for side in PAIR_SIDES], axis=1)
-        assert (self.sides >= 0).all()  # prepare writes every response of a pair
         self.reference_logps = join_sum_logps(
-            open_reference(reference, expect=None), table.to_arrow().to_batches(), scratch=scratch_folder()
+            open_reference(reference, expect=None), self.pairs.keys.to_arrow().to_batches(), scratch=scratch_folder()
         )
-        total = self.response_lengths + responses["prompt_ids"].list.len().to_numpy()
-        self.lengths = total[self.sides].sum(axis=1)
+
+    def tokens(self, examples: np.ndarray) -> int:
+        return self.pairs.tokens(examples)
 
     def loss(self, engine: Engine, micro: np.ndarray, batch: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = self.sides[micro].T.ravel()  # all chosen, then all rejected
-        tokens = collate([(self.prompts[int(row)], self.responses[int(row)]) for row in rows]).to(engine.device)
-        sums = sequence_sums(engine(*tokens), tokens.rows, len(rows))
-        pair = self._pair_logps(sums, micro)
+        tokens, places = self.pairs.batch(micro)
+        tokens = tokens.to(engine.device)
+        sums = sequence_sums(engine(*tokens), tokens.rows, int(places.max()) + 1)
+        pair = self._pair_logps(sums.index_select(0, torch.from_numpy(places).to(sums.device)), micro)
         losses = self.objective(pair, **self.hyperparameters)
         sums = self._sums(pair, losses.detach())
         if engine.updates == 0:
@@ -80,7 +73,7 @@ class PreferenceTask:
     def _pair_logps(self, policy: Tensor, micro: np.ndarray) -> PairLogps:
         chosen, rejected = policy.chunk(2)
         reference = torch.tensor(self.reference_logps[micro].T, dtype=torch.float32, device=policy.device)
-        lengths = torch.tensor(self.response_lengths[self.sides[micro]].T, device=policy.device)
+        lengths = torch.tensor(self.pairs.response_lengths[micro].T, device=policy.device)
         return PairLogps(chosen, rejected, reference[0], reference[1], lengths[0], lengths[1])
 
     def _sums(self, pair: PairLogps, losses: Tensor) -> dict[str, Tensor]:
@@ -107,7 +100,7 @@ class PreferenceTask:
         self.start.judge(sums, len(batch))
         row = {name: value / len(batch) for name, value in sums.items()}
         # Nats per token, as language-model losses are given; everything else is a mean over pairs.
-        row["nll/chosen"] = sums["nll/chosen"] / float(self.response_lengths[self.sides[batch, 0]].sum())
+        row["nll/chosen"] = sums["nll/chosen"] / float(self.pairs.response_lengths[batch, 0].sum())
         return row
 
 
@@ -119,21 +112,24 @@ def start(job: Job, loop: LoopParams) -> tuple[Engine, PreferenceTask, nn.Module
     model = select_trainable(model, trainable)
     if loop.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    disable_dropout(model).train()
-    task = open_task(job)
+    layout = choose_layout(disable_dropout(model), loop.layout, best="shared_prompts")
+    model.train()
+    task = open_task(job, layout)
     engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
     return engine, task, model
 
 
-def open_task(job: Job, *, split: str = "train", most: int | None = None) -> PreferenceTask:
+def open_task(job: Job, layout: str, *, split: str = "train", most: int | None = None) -> PreferenceTask:
     names = ("objective", "hyperparameters", "reward_beta", "drift_tolerance")
+    settings = {name: job.settings[name] for name in names}
     paths = (Path(job.paths[name]) for name in ("pairs", "reference"))
-    return PreferenceTask(*paths, **{name: job.settings[name] for name in names}, split=split, most=most)
+    return PreferenceTask(*paths, **settings, layout=layout, split=split, most=most)
 
 
-def held_out(job: Job, loop: LoopParams) -> HeldOutPairs | None:
+def held_out(job: Job, loop: LoopParams, task: PreferenceTask) -> HeldOutPairs | None:
     """Pairs of the test split to measure while training, if the params ask for it."""
     every = job.settings["evaluate_every"]
     if not every:
         return None
-    return HeldOutPairs(open_task(job, split="test", most=job.settings["evaluate_pairs"]), loop, every=every)
+    most = job.settings["evaluate_pairs"]
+    return HeldOutPairs(open_task(job, task.layout, split="test", most=most), loop, every=every)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from pipeline.deepspeed_engine import Engine
 from pipeline.launch import Job
-from pipeline.logps import ResponseLogps, collate
+from pipeline.layout import choose_layout
+from pipeline.logps import ResponseLogps, collate, pack
 from pipeline.models import initial_model, load_tokenizer
 from pipeline.params import LoopParams, ModelParams
 from pipeline.prepared_data import read_sft
@@ -17,17 +18,24 @@ from pipeline.training import micro_steps_for
 class SftTask:
     """Cross-entropy of the completion tokens, averaged over all completion tokens of the batch."""
 
-    def __init__(self, rows: Path) -> None:
-        self.rows = rows
+    def __init__(self, rows: Path, layout: str) -> None:
+        """layout: "padded", or anything else for one run of sequences."""
+        self.layout, self.rows = layout, rows
         table = read_sft(rows)
         self.prompts = [ids.to_numpy() for ids in table["prompt_ids"]]
         self.responses = [ids.to_numpy() for ids in table["response_ids"]]
         self.response_lengths = np.array([len(ids) for ids in self.responses])
         self.lengths = self.response_lengths + np.array([len(ids) for ids in self.prompts])
+        self.groups = np.arange(len(table))
+
+    def tokens(self, examples: np.ndarray) -> int:
+        lengths = self.lengths[examples]
+        return int(lengths.max() * len(lengths) if self.layout == "padded" else lengths.sum())
 
     def loss(self, engine: Engine, micro: np.ndarray, batch: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        tokens = collate([(self.prompts[i], self.responses[i]) for i in micro]).to(engine.device)
-        nll = -engine(*tokens).sum()
+        sequences = [(self.prompts[i], self.responses[i]) for i in micro]
+        tokens = collate(sequences) if self.layout == "padded" else pack(sequences, np.arange(len(micro)))
+        nll = -engine(*tokens.to(engine.device)).sum()
         return nll / float(self.response_lengths[batch].sum()), {"nll": nll}
 
     def names(self, examples: np.ndarray) -> list[str]:
@@ -43,10 +51,11 @@ def start(job: Job, loop: LoopParams) -> tuple[Engine, SftTask, nn.Module]:
     model = initial_model(ModelParams.model_validate(job.settings["model"]), tokenizer)
     if loop.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    layout = choose_layout(model, loop.layout, best="packed")
     model.train()
     engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
-    return engine, SftTask(Path(job.paths["sft"])), model
+    return engine, SftTask(Path(job.paths["sft"]), layout), model
 
 
-def held_out(job: Job, loop: LoopParams) -> None:
+def held_out(job: Job, loop: LoopParams, task: SftTask) -> None:
     """Nothing: prepare keeps no sft rows back."""

@@ -25,6 +25,11 @@ class Task(Protocol):
     """What is being learnt: sft or preferences."""
 
     lengths: np.ndarray  # tokens of every example, (n_examples,)
+    groups: np.ndarray  # of every example, (n_examples,); those of one group cost less in one micro-batch
+    layout: str  # of a forward (pipeline/layout.py)
+
+    def tokens(self, examples: np.ndarray) -> int:
+        """Of one forward over these examples, in the layout at hand."""
 
     def loss(self, engine: Engine, micro: np.ndarray, batch: np.ndarray) -> tuple[Tensor, Sums]:
         """This micro-batch's share of the batch loss, and named sums over its examples for the history."""
@@ -55,8 +60,15 @@ def learning_rate_at(step: int, *, steps: int, loop: LoopParams) -> float:
     return loop.learning_rate * factor[loop.schedule]
 
 
+def ordered_groups(groups: np.ndarray, loop: LoopParams) -> np.ndarray | None:
+    """`batch_indices`' groups: the examples' own, or none."""
+    return groups if loop.batch_order == "prompts" else None
+
+
 def micro_steps_for(loop: LoopParams) -> int:
-    """Backward passes per optimizer step on each rank."""
+    """Backward passes per optimizer step on each rank; where that varies, any number that isn't 1 (see Engine)."""
+    if loop.tokens_per_batch is not None:
+        return 2
     return math.ceil(loop.batch_size // loop.ranks / loop.micro_batch_size)
 
 
@@ -108,7 +120,13 @@ def _step_row(
     # Reseeded every step, so that dropout, if any, is the same after a resume.
     torch.manual_seed(hash((seed, step, engine.rank)) & 0xFFFFFFFF)
     started = time.perf_counter()
-    batch = batch_indices(step, seed=seed, n_examples=len(task.lengths), batch_size=loop.batch_size)
+    batch = batch_indices(
+        step,
+        seed=seed,
+        n_examples=len(task.lengths),
+        batch_size=loop.batch_size,
+        groups=ordered_groups(task.groups, loop),
+    )
     learning_rate = learning_rate_at(step, steps=steps, loop=loop)
     engine.set_learning_rate(learning_rate)
     sums, losses = _one_step(engine, task, loop, batch)
@@ -136,12 +154,18 @@ def _one_step(
     totals: dict[str, Tensor] = {}
     losses = []
     micros = micro_batches(
-        batch, task.lengths, rank=engine.rank, ranks=engine.ranks, micro_batch_size=loop.micro_batch_size
+        batch,
+        task.groups,
+        task.tokens,
+        rank=engine.rank,
+        ranks=engine.ranks,
+        micro_batch_size=loop.micro_batch_size,
+        tokens_per_batch=loop.tokens_per_batch,
     )
-    for micro in micros:
+    for number, micro in enumerate(micros, start=1):
         loss, sums = task.loss(engine, micro, batch)
         losses.append((micro, loss.detach()))
-        engine.backward(loss)
+        engine.backward(loss, last=number == len(micros))
         engine.step()
         for name, value in sums.items():
             totals[name] = totals.get(name, 0) + value.detach().double()

@@ -6,6 +6,7 @@ A stage that was itself started as a rank (torchrun, srun) calls `run_rank` inst
 import importlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -54,7 +55,7 @@ def run_rank(job: Job, work: Path) -> dict[str, Any] | None:
     from pipeline.models import save_model
     from pipeline.params import LoopParams
     from pipeline.trackers import open_trackers
-    from pipeline.training import run_loop
+    from pipeline.training import ordered_groups, run_loop
 
     init_distributed()
     loop = LoopParams.model_validate(job.loop)
@@ -67,7 +68,7 @@ def run_rank(job: Job, work: Path) -> dict[str, Any] | None:
         loop,
         seed=job.seed,
         work=work,
-        held_out=task_module.held_out(job, loop),
+        held_out=task_module.held_out(job, loop, task),
         trackers=lambda start: open_trackers(
             job.log_to, title=job.title, run_id=work.name, config=job.loop | job.settings, start=start
         ),
@@ -80,10 +81,18 @@ def run_rank(job: Job, work: Path) -> dict[str, Any] | None:
         steps = steps_for(loop.epochs, len(task.lengths), loop.batch_size)
         summary = {
             "steps": steps,
-            "tokens": tokens_in(steps, task.lengths, seed=job.seed, batch_size=loop.batch_size),
+            "tokens": tokens_in(
+                steps,
+                task.lengths,
+                seed=job.seed,
+                batch_size=loop.batch_size,
+                groups=ordered_groups(task.groups, loop),
+            ),
             "tokens_per_second": median(work / "history.tsv", "tokens_per_second"),
             "seconds": time.perf_counter() - started,
             "resumed_from_step": resumed_from,
+            "layout": task.layout,
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,  # of rank 0, in host memory
         }
         (work / "summary.json").write_text(json.dumps(summary))
     leave_distributed()

@@ -23,6 +23,11 @@ def rescored_folder(reference_id: str) -> Path:
     return journal_folder() / reference_id / "rescored"
 
 
+def sketch_journal_folder() -> Path:
+    """Rows sketched so far, one folder per reference_id."""
+    return workspace() / "sketch-journal"
+
+
 def trainer_forward_folder(name: str) -> Path:
     """The journal of what the trainer's own forward gave for sampled rows (drift); safe to delete."""
     return workspace() / "trainer-forward" / name

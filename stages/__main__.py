@@ -11,6 +11,7 @@ COMMANDS = {
     "prepare": "Read preference data; tokenise, split and key it.",
     "sft": "Fine-tune (or take as it is) the reference model.",
     "score": "Score every response under the reference with vLLM.",
+    "sketch": "Sketch the reference's gradient of every training response.",
     "train": "Train one policy against the reference cache with DeepSpeed.",
     "evaluate": "Compare one policy with the reference on held-out pairs.",
     "report": "Collect all variants into tables, curves and one HTML page.",
@@ -67,8 +68,8 @@ def exit_code(error: Exception) -> int | None:
 def main() -> None:
     """Score the reference once, train many policies against it.
 
-    Phase 1 is prepare, sft and score; phase 2 is train, evaluate and report. `dvc repro` runs them all; each also runs
-    alone. Hyper-parameters come from params.yaml.
+    Phase 1 is prepare, sft, score and sketch; phase 2 is train, evaluate and report. `dvc repro` runs them all; each
+    also runs alone. Hyper-parameters come from params.yaml.
 
     \b
     Example:

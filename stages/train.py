@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @path_option("--out", "Policy to write: a transformers folder, or a peft adapter for LoRA.")
 @path_option("--history", "Training history to write (TSV).")
 @path_option("--metrics", "Metrics to write (JSON).")
+@click.option("--dry-run", is_flag=True, help="Print the memory that each rank would take, by part; train nothing.")
 @params_options
 def command(
     params: "Params",
@@ -31,6 +32,7 @@ def command(
     out: Path,
     history: Path,
     metrics: Path,
+    dry_run: bool,
 ) -> None:
     """Train one policy against the reference cache with DeepSpeed; no reference model is loaded.
 
@@ -44,6 +46,13 @@ def command(
         --reference data/reference/logps --out models/policies/dpo-0 \\
         --history results/dpo-0/history.tsv --metrics results/dpo-0/train.json
     """
+    if dry_run:
+        from pipeline.memory_plan import plan_memory
+        from pipeline.params import variant_loop
+
+        for line in plan_memory(model, pairs, variant_loop(params.train, variant), params.trainable).lines():
+            click.echo(line)
+        return
     from pipeline.preference_training import train_policy
 
     train_policy(

@@ -15,6 +15,7 @@ ENGINES = {
 }
 # The mathematics: no engine, not even indirectly.
 LEAVES = ["objectives", "objective_params", "logps", "batches", "trainable", "params", "prepared_data", "history"]
+LEAVES += ["sketch_collection", "nullspace"]
 
 
 def modules(package: str) -> list[Path]:

@@ -104,10 +104,10 @@ def write_pairs(folder: Path, prompts: int, *, responses: int = 3, test_share: f
     return folder
 
 
-def write_model(folder: Path, seed: int = 0) -> Path:
-    """A random Qwen2 with its tokenizer, sharp enough that log-probs differ between tokens."""
+def write_model(folder: Path, seed: int = 0, **config: int) -> Path:
+    """A random Qwen2 with its tokenizer, sharp enough that log-probs differ between tokens; config: of its own."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model("qwen2", vocab_size=VOCABULARY, eos_token_id=EOS, **TINY_MODEL)
+    config = AutoConfig.for_model("qwen2", **{"vocab_size": VOCABULARY, "eos_token_id": EOS} | TINY_MODEL | config)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(20)

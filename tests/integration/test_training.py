@@ -4,9 +4,13 @@ The ranks are forks that find themselves started as under torchrun (rank_nursery
 in test_launching.py; kills are there and in test_resume.py.
 """
 
+import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +21,11 @@ from cache import CacheIncomplete, CacheMismatch, open_reference
 from pipeline.batches import batch_indices
 from pipeline.drift import ensure_drift
 from pipeline.errors import RequestError
+from pipeline.memory_plan import PROGRAM_BYTES, plan_memory
 from pipeline.params import TrainParams
 from pipeline.preference_training import train_policy
 from pipeline.prepared_data import read_pairs, scan_responses
-from tests.integration.trainings import TRAIN, RanksEnded, inputs, outputs, read_table, without_speed
+from tests.integration.trainings import ROOT, TRAIN, RanksEnded, inputs, outputs, read_table, without_speed
 from tests.tiny import (
     TINY_MODEL,
     shift_row,
@@ -72,11 +77,23 @@ def test_training_moves_margins_and_saves_a_whole_model_with_tokenizer(one_rank,
     assert AutoTokenizer.from_pretrained(one_rank.out / "policy").convert_tokens_to_ids("w7") == 7
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_two_ranks_give_the_history_of_one(nursery, one_rank, phase_one, tmp_path, zero_stage):
+@pytest.mark.parametrize(
+    ("zero_stage", "settings"),
+    [
+        (0, {"layout": "padded"}),
+        # 80 tokens: one to four micro-batches a step, and a number that differs between the ranks' own needs.
+        (2, {"layout": "shared_prompts", "tokens_per_batch": 80}),
+        (3, {"layout": "packed", "tokens_per_batch": 80}),
+    ],
+)
+def test_two_ranks_and_every_layout_give_the_history_of_one_rank(
+    nursery, one_rank, phase_one, tmp_path, zero_stage, settings
+):
+    assert one_rank.summary["layout"] == "shared_prompts"
     two = nursery.train(
-        phase_one, tmp_path, ranks=2, zero_stage=zero_stage, evaluate_every=4, evaluate_pairs=11, micro_batch_size=2
+        phase_one, tmp_path, ranks=2, zero_stage=zero_stage, evaluate_every=4, evaluate_pairs=11, **settings
     )
+    assert two.summary["layout"] == settings["layout"]
     for ours, theirs in ((two.history, one_rank.history), (two.evaluations, one_rank.evaluations)):
         assert len(ours) == len(theirs)
         for row, reference in zip(without_speed(ours), without_speed(theirs), strict=True):
@@ -208,8 +225,39 @@ def test_sft_learns_from_scratch_and_reports_the_gradient_norm(nursery, tmp_path
     assert all(row["grad_norm"] > 0 for row in history)
 
 
+def test_fifty_steps_have_the_losses_of_trls_dpo_on_the_same_batches(nursery, tmp_path):
+    pytest.importorskip("trl")
+    pairs, model = write_pairs(tmp_path / "pairs", 12, test_share=0.0), write_model(tmp_path / "model")
+    write_reference_cache(tmp_path / "logps", pairs, model)
+    settings = {"schedule": "constant", "warmup_share": 0.0, "learning_rate": 1e-3, "batch_size": 4}
+    history = nursery.train(tmp_path, tmp_path, epochs=50 * 4 / 24, **settings).history
+    assert len(history) == 50
+    peer = [sys.executable, "benchmarks/train_peers.py", "precompute", "--out", str(tmp_path / "trl.json")]
+    peer += ["--pairs", str(pairs), "--model", str(model), "--dtype", "float32", "--batch-size", "4", "--steps", "50"]
+    peer += ["--micro-batch-sizes", "2", "--learning-rate", "1e-3", "--beta", "0.5"]
+    subprocess.run(peer, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    losses = json.loads((tmp_path / "trl.json").read_text())["loss"]
+    assert [row["loss"] for row in history] == pytest.approx(losses, abs=1e-3)
+    assert losses[-1] < 0.8 * losses[0]  # else equal losses say little
+
+
+def test_peak_memory_is_what_the_dry_run_says(tmp_path):
+    """Within 20 %, program included; of what comes on top of the program within 35 %. The rank is no fork, which would
+    count what it shares with its parent."""
+    pairs = write_pairs(tmp_path / "pairs", 200, test_share=0.0)
+    # Many narrow layers: much to keep for little arithmetic.
+    shape = {"vocab_size": 30_000, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 12}
+    model = write_model(tmp_path / "model", **shape)
+    write_reference_cache(tmp_path / "logps", pairs, model)
+    settings = {"batch_size": 200, "micro_batch_size": 200, "epochs": 1.0, "learning_rate": 1e-5}
+    plan = plan_memory(model, pairs, TrainParams.model_validate(TRAIN | settings), "all")
+    summary = train(tmp_path, tmp_path, **settings)
+    assert plan.total == pytest.approx(summary["peak_bytes"], rel=0.2)
+    assert plan.total - PROGRAM_BYTES == pytest.approx(summary["peak_bytes"] - PROGRAM_BYTES, rel=0.35)
+
+
 def train(root: Path, out: Path, *, variant: str = "dpo", **settings):
-    """Run one cell in this process, as far as it gets without ranks."""
+    """Run one cell with this process as the stage."""
     cell = {"variant": variant, "seed": 0, "trainable": "all"}
     return train_policy(**cell, **inputs(root), **outputs(out), params=TrainParams.model_validate(TRAIN | settings))
 

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.chunked_head import ChunkedHead
 from pipeline.logps import ResponseLogps, collate, sequence_sums
 
 TINY = {
@@ -71,18 +73,88 @@ def test_gradients_equal_those_of_full_logits(chunk):
         )
 
 
-def test_logits_of_one_chunk_only_exist_at_once(monkeypatch):
-    seen = []
-    original = torch.nn.functional.linear
+class VocabularyWide(TorchDispatchMode):
+    """Collects the rows of every array as wide as the vocabulary but the weights, and where the arrays lie."""
 
-    def linear(x, weight, bias=None):
-        if weight.shape[0] == TINY["vocab_size"]:
-            seen.append(x.shape[0])
-        return original(x, weight, bias)
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.vocabulary, self.weight, self.rows, self.storages = len(weight), weight.data_ptr(), [], set()
 
-    monkeypatch.setattr("pipeline.logps.F.linear", linear)
-    ResponseLogps(tiny_model(), 4)(*collate(sequences())).sum().backward()
-    assert max(seen) == 4
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or tensor.shape[1] != self.vocabulary:
+                continue
+            if (storage := tensor.untyped_storage().data_ptr()) != self.weight:
+                self.rows.append(len(tensor))
+                self.storages.add(storage)
+        return result
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_logits_of_one_chunk_only_exist_at_once_and_in_one_array_for_all_chunks(trained):
+    hidden = torch.randn(23, 8, requires_grad=True)
+    head = ChunkedHead(tiny_head("qwen2", torch.float32), 4)
+    head.requires_grad_(trained)
+    # Both passes apart, since the second may get the memory of the first.
+    with VocabularyWide(head.weight) as forward:
+        logps = head(hidden, torch.arange(23))
+    with VocabularyWide(head.weight) as backward:
+        logps.sum().backward()
+    assert max(forward.rows) == 4 and len(forward.storages) == 1
+    if trained:
+        assert max(backward.rows) == 4 and len(backward.storages) == 1
+    else:
+        assert not backward.rows  # a frozen head computes no logits twice
+
+
+def tiny_head(architecture: str, dtype: torch.dtype, *, bias: bool = False) -> torch.nn.Module:
+    """What ChunkedHead needs of a model: its output layer and its config. 8 wide, 61 tokens."""
+    torch.manual_seed(0)
+    output = torch.nn.Linear(8, 61, bias=bias, dtype=dtype)
+    config = AutoConfig.for_model(architecture, **TINY, **ARCHITECTURES[architecture])
+    shell = torch.nn.Module()
+    shell.config, shell.get_output_embeddings = config, lambda: output
+    return shell
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("trained", [True, False])
+def test_head_gradients_are_those_of_finite_differences(architecture, bias, trained):
+    head = ChunkedHead(tiny_head(architecture, torch.float64, bias=bias), 3).requires_grad_(trained)
+    hidden = torch.randn(7, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 60, 5, 5, 17, 33, 2])
+    inputs = [hidden, *head.parameters()] if trained else [hidden]
+    assert torch.autograd.gradcheck(lambda *_: head(hidden, targets), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_a_frozen_head_or_decoder_gets_no_gradient_and_the_other_its_own(frozen):
+    head = ChunkedHead(tiny_head("qwen2", torch.float32), 3)
+    hidden, targets = torch.randn(7, 8), torch.arange(7)
+
+    def gradient(forward) -> torch.Tensor:
+        states = hidden.clone().requires_grad_(frozen != "hidden")
+        head.weight.grad = None
+        head.weight.requires_grad_(frozen != "head")
+        forward(states).pow(2).sum().backward()
+        found, other = (states, head.weight) if frozen == "head" else (head.weight, states)
+        assert other.grad is None
+        return found.grad
+
+    def plain(states: torch.Tensor) -> torch.Tensor:
+        return (states @ head.weight.T).log_softmax(-1)[torch.arange(7), targets]
+
+    torch.testing.assert_close(gradient(lambda states: head(states, targets)), gradient(plain), atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_logits_are_summed_in_float32():
+    """Against the same bf16 products, all else in float64: what is left is float32 rounding, not bf16's."""
+    head = ChunkedHead(tiny_head("qwen2", torch.bfloat16), 3)
+    hidden, targets = torch.randn(7, 8, dtype=torch.bfloat16), torch.arange(7)
+    expected = (hidden @ head.weight.T).double().log_softmax(-1)[torch.arange(7), targets]
+    torch.testing.assert_close(head(hidden, targets), expected.float(), atol=1e-5, rtol=1e-6)
 
 
 def test_sums_go_to_their_own_sequences():

@@ -1,0 +1,133 @@
+"""Fill the sketches: find what is missing, take its gradients batch by batch, journal every batch, publish."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from cache import Journal, KeySet, SketchIdentity, locate, open_sketches, publish_reference
+from cache.identity import record_identity
+from cache.sketches import AUDIT, sketches_table
+from pipeline.errors import RequestError
+from pipeline.params import SketchParams, Trainable
+from pipeline.prepared_data import scan_responses
+from pipeline.progress import activity, progress_bar
+from pipeline.publication import publish_needed, sound_reference
+from pipeline.scoring_plan import ROW_COLUMNS, check_rows, model_limits, row_tokens
+from pipeline.workspace import sketch_journal_folder
+
+if TYPE_CHECKING:
+    from pipeline.sketcher import Sketcher
+
+
+@dataclass
+class _Work:
+    """What this run sketched; tokens: of prompts and responses."""
+
+    rows: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def sketch_responses(
+    *,
+    pairs: Path,
+    model: Path,
+    out: Path,
+    metrics: Path,
+    params: SketchParams,
+    trainable: Trainable,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Make `out` hold the gradient sketches of exactly the training responses in `pairs`; returns the metrics' content.
+
+    Only rows that neither `out` nor the journal holds are sketched. With mode "none" `out` says that there are none.
+    Raises RequestError for rows that the model can't take and for a `trainable` that can't be sketched, RunFailed for
+    gradients that are not finite, CacheLocked while another process sketches.
+    """
+    if params.mode == "none":
+        identity = SketchIdentity(mode=params.mode)
+        publish_reference(out, identity.kind.schema.empty_table(), identity)
+        return _write(metrics, {"mode": params.mode, "responses": 0, "rows_sketched": 0})
+    responses = scan_responses(pairs).filter(pl.col("split") == "train").select(ROW_COLUMNS).collect()
+    if responses.is_empty():
+        raise RequestError(f"{pairs} has no training responses to sketch. Add pairs, or lower prepare.test_share.")
+    check_rows(responses, model_limits(model, trust_remote_code=trust_remote_code), model)
+    with activity(f"loading {model}"):
+        from pipeline.sketcher import load_sketcher  # seconds of torch and transformers, for these modes alone
+
+        sketcher = load_sketcher(model, params, trainable, trust_remote_code=trust_remote_code)
+        identity = sketcher.identity(model)
+    needed = KeySet(responses["response_key"])
+    with Journal(sketch_journal_folder() / identity.reference_id, identity.kind) as journal:
+        record_identity(journal.path.parent, identity)
+        absent = needed - journal.key_set()
+        published = sound_reference(out, identity) if len(absent) else None
+        if published:
+            absent -= published.key_set()
+        missing = responses.filter(locate(responses["response_key"], absent.array) >= 0)
+        work = _sketch_missing(missing, sketcher, journal, params.batch_tokens) if len(missing) else _Work()
+        publish_needed(out, needed, [journal, *([published] if published else [])], identity)
+    return _write(metrics, _summary(out, identity, responses, work))
+
+
+def _sketch_missing(missing: pl.DataFrame, sketcher: "Sketcher", journal: Journal, batch_tokens: int) -> _Work:
+    began = time.perf_counter()
+    work = _Work(len(missing), row_tokens(missing))
+    with sketcher, progress_bar("sketch", work.rows, tokens=work.tokens) as advance:
+        for batch in length_batches(missing, batch_tokens):
+            sketched = sketcher(list(batch.select("prompt_ids", "response_ids").iter_rows()))
+            values = {group: numbers.numpy() for group, numbers in sketched.values.items()}
+            values[AUDIT] = sketched.audit.numpy()
+            journal.append(sketches_table(batch["response_key"].to_list(), sketched.grad_norm.numpy(), values))
+            advance(len(batch), row_tokens(batch))
+    work.seconds = time.perf_counter() - began
+    return work
+
+
+def length_batches(rows: pl.DataFrame, batch_tokens: int) -> Iterator[pl.DataFrame]:
+    """`rows` in batches of at most `batch_tokens` tokens, padding included, longest first; at least one row each."""
+    length = pl.col("prompt_ids").list.len() + pl.col("response_ids").list.len()
+    rows = rows.with_columns(length.alias("_length")).sort("_length", "response_key", descending=[True, False])
+    start = 0
+    while start < len(rows):
+        count = max(1, batch_tokens // int(rows["_length"][start]))
+        yield rows[start : start + count]
+        start += count
+
+
+def _summary(out: Path, identity: SketchIdentity, responses: pl.DataFrame, work: _Work) -> dict[str, Any]:
+    sketches = open_sketches(out, expect=identity)
+    norms = np.concatenate([table["grad_norm"].to_numpy() for table in sketches.tables(["grad_norm"])])
+    stored = sum(shard.bytes for shard in sketches.manifest.shards)
+    per_second = 1 / work.seconds if work.seconds else 0.0
+    return {
+        "mode": identity.mode,
+        "responses": len(responses),
+        "rows_sketched": work.rows,
+        "rows_reused": len(responses) - work.rows,
+        "tokens_sketched": work.tokens,
+        "seconds": round(work.seconds, 3),
+        "rows_per_second": round(work.rows * per_second, 3),
+        "tokens_per_second": round(work.tokens * per_second, 1),
+        "numbers_per_row": sum(identity.widths.values()) + (identity.audit or 0),
+        "bytes_per_row": round(stored / len(responses), 1),
+        "grad_norm": {
+            "mean": float(norms.mean(dtype=np.float64)),
+            **{f"p{q:02d}": float(np.quantile(norms, q / 100)) for q in (1, 50, 99)},
+            "max": float(norms.max()),
+        },
+        "reference_id": identity.reference_id,
+        "identity": identity.to_dict(),
+    }
+
+
+def _write(file: Path, content: dict[str, Any]) -> dict[str, Any]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    return content
