@@ -171,8 +171,9 @@ def cross_check(params: "Params", run: Path, cells: "Cells", divergences: "Diver
 
     found = read_json(run / "cells" / "dpo-0" / "evaluate.json")
     own = cells.values.filter((pl.col("variant") == "dpo") & (pl.col("seed") == 0))
-    kl = mean_interval(divergences.table.filter((pl.col("variant") == "dpo") & (pl.col("seed") == 0))["kl"].to_list())
-    theirs = Mean(found["kl"], t_quantile(params.evaluate.prompts - 1) * found["kl_standard_error"])
+    own_kl = divergences.table.filter((pl.col("variant") == "dpo") & (pl.col("seed") == 0))["kl"].to_list()
+    kl = mean_interval(own_kl)
+    theirs = Mean(found["kl"], t_quantile(len(own_kl) - 1) * found["kl_standard_error"])
     drift = [np.abs(cells.by_pair(REFERENCE, f"{side}_ratio")[0]).max() for side in ("chosen", "rejected")]
     rows = [
         ["mean chosen log-prob (nats)", f"{own['chosen'].mean():.3f}", f"{found['logps/chosen']:.3f}"],

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from pipeline.params import Params
 
+PROMPTS = 2000  # of a split at most, a random sample: more would narrow no interval that matters
 BATCH = 32  # responses in one forward
 CHUNK_TOKENS = 2048  # of them, whose logits exist at once
 
@@ -30,7 +31,7 @@ CHUNK_TOKENS = 2048  # of them, whose logits exist at once
 def command(
     params: "Params", pairs: Path, model: Path, reference: Path, policies: Path, out: Path, splits: tuple[str, ...]
 ) -> None:
-    """Write variant, seed, split, prompt_key and, in nats, chosen, rejected, ref_chosen, ref_rejected of all pairs.
+    """Write variant, seed, split, prompt_key and, in nats, chosen, rejected, ref_chosen, ref_rejected of pairs.
 
     The reference's own forward is written too, as variant "reference", seed 0: its distance from the reference cache
     is what rounding leaves.
@@ -39,9 +40,12 @@ def command(
 
     from pipeline.drift import open_for_model
     from pipeline.prepared_data import read_pairs, read_responses
+    from pipeline.sampling import choose_prompts
 
-    table = read_pairs(pairs).filter(pl.col("split").is_in(splits))
-    responses = read_responses(pairs).filter(pl.col("split").is_in(splits))
+    everything = read_responses(pairs)
+    prompts = [choose_prompts(everything.filter(pl.col("split") == split), PROMPTS)["prompt_key"] for split in splits]
+    sampled = pl.col("prompt_key").is_in(pl.concat(prompts).implode())
+    table, responses = read_pairs(pairs).filter(sampled), everything.filter(sampled)
     cached = open_for_model(reference, model)
     columns = table.select("split", "prompt_key", "pair_id").with_columns(
         pl.Series("ref_chosen", cached.sum_logps(table["chosen_key"])),

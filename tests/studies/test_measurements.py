@@ -2,16 +2,22 @@
 
 import itertools
 import math
+import shutil
+from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
+from click.testing import CliRunner
 
 from pipeline.prepared_data import read_responses
+from studies import divergence, pair_logps
 from studies.divergence import Prompts, answer_divergences, draw_answers, pad_left
 from studies.pair_logps import response_sums
 from studies.policies import load_model
-from tests.tiny import EOS, VOCABULARY, plain_logps, write_model, write_pairs
+from tests.tiny import EOS, VOCABULARY, plain_logps, write_model, write_pairs, write_reference_cache
+
+PARAMS = Path(__file__).parents[2] / "studies" / "dynamics" / "params.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +37,33 @@ def test_response_sums_are_the_sums_of_plain_log_probs(models, tmp_path):
     for key, prompt, response in responses.select("response_key", "prompt_ids", "response_ids").iter_rows():
         assert found[key] == pytest.approx(math.fsum(plain_logps(models[0], prompt, response)), abs=1e-3)
     assert len(found) == len(responses)
+
+
+def test_every_policy_is_measured_on_every_pair_against_the_reference_cache(models, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs", 8)
+    cache = write_reference_cache(tmp_path / "logps", pairs, models[0])
+    for name, model in (("dpo-0", models[0]), ("bpo-0", models[1])):
+        shutil.copytree(model, tmp_path / "policies" / name)
+    given = ["--params", PARAMS, "--set", "sweep.variants=[dpo, bpo]", "--set", "sweep.seeds=[0]"]
+    given += ["--set", "evaluate.prompts=3", "--set", "evaluate.max_new_tokens=5"]
+    given += ["--pairs", pairs, "--model", models[0], "--policies", tmp_path / "policies"]
+    sums, kl = tmp_path / "sums.parquet", tmp_path / "kl.parquet"
+    invoke(pair_logps.command, *given, "--reference", cache, "--split", "train", "--split", "test", "--out", sums)
+    table = pl.read_parquet(sums)
+    assert table.group_by("variant").len().sort("variant").rows() == [("bpo", 16), ("dpo", 16), ("reference", 16)]
+    moved = table.with_columns((pl.col("chosen") - pl.col("ref_chosen")).abs().alias("moved"))
+    largest = dict(moved.group_by("variant").agg(pl.col("moved").max()).iter_rows())
+    assert largest["reference"] == largest["dpo"] < 1e-3 < 1 < largest["bpo"]  # `dpo` is the reference's own weights
+
+    invoke(divergence.command, *given, "--out", kl)
+    found = pl.read_parquet(kl)
+    assert found.group_by("variant", "split").len().sort("variant", "split")["len"].to_list() == [2, 3, 2, 3]
+    assert found.filter(pl.col("variant") == "dpo")["kl"].abs().max() < 1e-6
+    assert found.filter(pl.col("variant") == "bpo")["kl"].min() > 1e-3
+
+
+def invoke(command, *words) -> None:
+    assert CliRunner().invoke(command, [str(word) for word in words], catch_exceptions=False).exit_code == 0
 
 
 def test_divergence_of_a_model_from_itself_is_zero(loaded):
