@@ -45,8 +45,9 @@ def write_svg(spec: Spec, path: Path) -> None:
 
 
 def _compact(svg: str) -> str:
-    """Coordinates to a tenth of a pixel and no text for screen readers per mark: half of a file or more."""
-    svg = re.sub(r' aria-[a-z]+="[^"]*"| role="[^"]*"', "", svg)
+    """Without text for screen readers per mark, empty paths and defaults, coordinates to a tenth of a pixel."""
+    svg = re.sub(r' aria-[a-z]+="[^"]*"| role="[^"]*"| pointer-events="none"| (?:stroke-)?opacity="1"', "", svg)
+    svg = re.sub(r'<path class="foreground" d="" display="none"/>|<path class="background" d="M0,0h0v0h0Z"/>', "", svg)
     return re.sub(r' (?:d|x|y|x1|x2|y1|y2|transform)="[^"]*"', lambda attribute: _rounded(attribute[0]), svg)
 
 
