@@ -26,6 +26,18 @@ class Backend(ABC):
     def __init__(self, model: Path, *, trust_remote_code: bool) -> None:
         self.vocabulary = model_limits(model, trust_remote_code=trust_remote_code).vocabulary
 
+    def begin_pass(self, block_size: int) -> None:
+        """Called before requests that may share blocks of `block_size` tokens with each other, but not with others."""
+        self.block_size = block_size
+
+    def may_share(self, prompt: np.ndarray) -> bool:
+        """Whether skipping the prompt's whole blocks leaves every response token with an answer.
+
+        Where blocks end with the prompt, they take the state that predicts the first response token along, and each
+        row would have to be scored again.
+        """
+        return len(prompt) % self.block_size != 0
+
     def engine_arguments(self) -> dict[str, Any]:
         # The model's own generation_config would change temperature and top_p behind our back.
         return {"generation_config": "vllm"}
@@ -93,12 +105,22 @@ class HiddenStates(Backend):
     """The engine as a `token_embed` pooling model; the output head is ours, in chunks, for response rows only."""
 
     CHUNK_TOKENS: ClassVar[int] = 1024
+    KEPT_ENDS: ClassVar[int] = 2  # of a response's first blocks; siblings seldom begin alike for longer
 
     def __init__(self, model: Path, *, trust_remote_code: bool) -> None:
         super().__init__(model, trust_remote_code=trust_remote_code)
         chunk = max(16, min(self.CHUNK_TOKENS, LOGITS_BYTES // (_BYTES_PER_LOGIT * self.vocabulary)))
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.head = load_output_head(model, chunk, trust_remote_code=trust_remote_code).to(self.device)
+        # States at the ends of blocks, by the tokens before them: what predicts the first token behind skipped blocks.
+        self._ends: dict[tuple[bytes, bytes], torch.Tensor] = {}
+
+    def begin_pass(self, block_size: int) -> None:
+        super().begin_pass(block_size)
+        self._ends.clear()
+
+    def may_share(self, prompt: np.ndarray) -> bool:
+        return True  # the sibling that computed the blocks has left their last state
 
     def engine_arguments(self) -> dict[str, Any]:
         return {"runner": "pooling", "convert": "embed", "pooler_config": PoolerConfig(task="token_embed")}
@@ -116,11 +138,25 @@ class HiddenStates(Backend):
         if len(states) != len(prompt) + len(response) - output.num_cached_tokens:
             return np.empty(0, np.float32)
         computed = computed_tokens(output, prompt, response)
+        # The state at a token predicts the next one, so the last state predicts nothing of ours.
+        predicting = states[len(states) - 1 - computed : len(states) - 1]
+        self._keep_ends(states, output.num_cached_tokens, prompt, response)
+        skipped = len(response) - computed
+        if skipped:
+            before = self._ends.get((prompt.tobytes(), response[: skipped - 1].tobytes()))
+            if before is not None:
+                predicting, computed = torch.cat([before[None], predicting]), computed + 1
         with torch.inference_mode():
             targets = torch.from_numpy(response[len(response) - computed :].astype(np.int64))
-            # The state at a token predicts the next one, so the last state predicts nothing of ours.
-            predicting = states[len(states) - 1 - computed : len(states) - 1]
             return self.head(predicting.to(self.device, torch.float32), targets.to(self.device)).cpu().numpy()
+
+    def _keep_ends(self, states: torch.Tensor, first: int, prompt: np.ndarray, response: np.ndarray) -> None:
+        """states: those at positions `first` and after it of prompt and response, (n, hidden)."""
+        ends = range(-(-len(prompt) // self.block_size) * self.block_size, first + len(states), self.block_size)
+        for end in ends[: self.KEPT_ENDS]:
+            if end > first:
+                key = (prompt.tobytes(), response[: end - len(prompt)].tobytes())
+                self._ends.setdefault(key, states[end - 1 - first].clone())
 
 
 def computed_tokens(output: Any, prompt: np.ndarray, response: np.ndarray) -> int:

@@ -92,15 +92,14 @@ class VLLMEngine:
         """Log-probs of the last tokens of each response, as many as the engine computed, and the tokens it skipped."""
         # Never shared with earlier passes: their responses may begin like ours, and what they were is forgotten.
         self._passes += 1
+        self.backend.begin_pass(self.block_size)
         requests = [
             (
                 TokensPrompt(
                     prompt_token_ids=[*prompt.tolist(), *response.tolist()],
                     cache_salt=f"{self._passes}-{prompt_salt(prompt)}",
                 ),
-                # Whole blocks are skipped. Where they end with the prompt, they take the state that predicts the first
-                # response token along, and the row would have to be scored again.
-                self.backend.request(prompt, response, share=share and len(prompt) % self.block_size != 0),
+                self.backend.request(prompt, response, share=share and self.backend.may_share(prompt)),
             )
             for prompt, response in rows
         ]

@@ -108,7 +108,7 @@ def many_responses(seed=1):
 
 
 @pytest.mark.parametrize("order", ["as it is", "longest first", "shuffled"])
-def test_responses_that_share_prompt_and_opening_are_right_in_any_order(scorer, model, order):
+def test_responses_that_share_prompt_and_opening_are_right_in_any_order(request, scorer, model, order):
     rows = many_responses()
     if order == "longest first":
         rows = sorted(rows, key=lambda row: (row[0].tobytes(), -len(row[1])))
@@ -120,7 +120,8 @@ def test_responses_that_share_prompt_and_opening_are_right_in_any_order(scorer, 
         np.testing.assert_allclose(logps, whole[len(prompt) - 1 :], atol=1e-4, err_msg=f"{len(prompt)}+{len(response)}")
     assert found.shared_tokens > 0.5 * sum(len(prompt) for prompt, _ in rows)
     if order == "longest first":  # as score does it; a prefix before its longer version costs rescoring
-        assert found.rescored < len(rows) / 10
+        # Hidden states at the ends of blocks are kept for siblings; log-probs there are of one sibling's token only.
+        assert found.rescored <= (0 if scorer is request.getfixturevalue("hidden_states_engine") else len(rows) / 10)
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
