@@ -54,7 +54,7 @@ def command(params: "Params", run: Path, page: Path, figure: Path) -> None:
         *(end_table(params, *splits[name], name) for name in splits),
         f"## While training\n\nOn the batches as they come, mean over one epoch and over seeds.\n\n"
         f"![Learning curves]({figure.name})",
-        cross_check(params, run, *splits["test"]),
+        measured(params, splits["test"][0]),
         cost(params, run),
     )
     for claim in claims:
@@ -160,36 +160,20 @@ def with_log_ratios(history: "pl.DataFrame", beta: float) -> "pl.DataFrame":
     return history.with_columns(*((pl.col(f"rewards/{side}") / beta).alias(side) for side in ("chosen", "rejected")))
 
 
-def cross_check(params: "Params", run: Path, cells: "Cells", divergences: "Divergences") -> str:
-    """The study's own measurements beside the `evaluate` stage's, for one cell."""
+def measured(params: "Params", cells: "Cells") -> str:
+    """How the figures were taken; cells: the held-out pairs."""
     import numpy as np
-    import polars as pl
 
-    from studies.intervals import Mean, mean_interval, t_quantile
-    from studies.run_tables import REFERENCE, read_json
-    from studies.tables import markdown_table
+    from studies.run_tables import REFERENCE
 
-    found = read_json(run / "cells" / "dpo-0" / "evaluate.json")
-    own = cells.values.filter((pl.col("variant") == "dpo") & (pl.col("seed") == 0))
-    own_kl = divergences.table.filter((pl.col("variant") == "dpo") & (pl.col("seed") == 0))["kl"].to_list()
-    kl = mean_interval(own_kl)
-    theirs = Mean(found["kl"], t_quantile(len(own_kl) - 1) * found["kl_standard_error"])
     drift = [np.abs(cells.by_pair(REFERENCE, f"{side}_ratio")[0]).max() for side in ("chosen", "rejected")]
-    rows = [
-        ["mean chosen log-prob (nats)", f"{own['chosen'].mean():.3f}", f"{found['logps/chosen']:.3f}"],
-        ["reward accuracy", f"{own['accuracy'].mean():.4f}", f"{found['rewards/accuracies']:.4f}"],
-        ["dcr", f"{own['dcr'].mean():.4f}", f"{found['dcr']:.4f}"],
-        ["KL to the reference (nats an answer)", kl.show(), theirs.show()],
-    ]
     return (
         "## How it was measured\n\n"
         "Log-probs by one forward of each policy in transformers (`studies/pair_logps.py`) against the reference "
         f"cache, from which the reference's own forward differs by at most {max(drift):.2g} nats a held-out response. "
         f"KL(policy ‖ reference) at the end of training: {params.evaluate.samples_per_prompt} answers drawn to each "
         f"of up to {params.evaluate.prompts} prompts a split, cut at {params.evaluate.max_new_tokens} tokens, the "
-        "exact divergence of the next token summed along them (`studies/divergence.py`). The `evaluate` stage "
-        "measures the same with vLLM and other samples; for one cell, held out (`dpo`, seed 0):\n\n"
-        + markdown_table(["", "this study", "`evaluate`"], rows).replace("| -", "| −")
+        "exact divergence of the next token summed along them (`studies/divergence.py`)."
     )
 
 
