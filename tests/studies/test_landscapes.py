@@ -1,13 +1,16 @@
 """What the landscape study measures, against what pen and paper say."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from pydantic import TypeAdapter
 
 from pipeline.objective_params import AnyVariant
-from studies.landscapes import Reference, flow, simplex, survey
+from studies import landscape_claims
+from studies.landscapes import LandscapeParams, Reference, flow, simplex, survey
+from studies.settings import load_section
 
 REFERENCE = Reference(chosen=0.4, rejected=0.1)
 
@@ -71,3 +74,14 @@ def test_the_flow_is_that_of_descent_on_three_logits():
         pytest.approx(moved[0].item(), rel=1e-5),
         pytest.approx(moved[1].item(), rel=1e-5),
     )
+
+
+def test_the_claims_are_judged_by_the_surveys():
+    full = load_section(Path(__file__).parents[2] / "studies" / "params.yaml", "landscapes", LandscapeParams)
+    params = full.model_copy(update={"grid": 40})
+    surveys = {name: survey(v, params.reference, params.grid) for name, v in params.objectives.items()}
+    assert all(claim.holds for claim in landscape_claims.papers_claims(params, surveys))
+    # Were BDPO's landscape DPO's, what sets BDPO apart would be false; what DPO does by itself stays true.
+    confused = surveys | {"BDPO": surveys["DPO"]}
+    judged = [claim.holds for claim in landscape_claims.papers_claims(params, confused)]
+    assert judged == [True, False, False, False, True]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from studies import toy, toy_page
+from studies import toy, toy_claims, toy_page
 from studies.settings import load_section
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def test_seeds_differ(runs):
 
 
 def test_dpo_moves_mass_out_where_the_rejected_response_is_likelier_and_bdpo_does_not(runs):
-    dpo, bdpo = (toy_page.change(runs["rejected likelier", name]) for name in ("dpo", "bdpo"))
+    dpo, bdpo = (toy_claims.change(runs["rejected likelier", name]) for name in ("dpo", "bdpo"))
     assert dpo.end > 0.02 and bdpo.end < 0
 
 
@@ -87,4 +87,6 @@ def test_the_page_has_a_row_for_each_objective_and_setting_and_checks_its_claims
     for objective in params.objectives:
         assert page.count(f"| {objective} |") == 1 + len(params.settings)
     assert all(f"## {setting}" in page for setting in params.settings)
-    assert page.count("true |") + page.count("**false** |") == len(toy_page.claims(params, runs))
+    claims = [*toy_claims.papers_claims(params, runs), *toy_claims.own_claims(params, runs)]
+    assert page.count("| true |") == sum(claim.holds for claim in claims)
+    assert page.count("| **false** |") == sum(not claim.holds for claim in claims)
