@@ -1,0 +1,15 @@
+"""Load a reference or policy for measuring, outside training and without an engine."""
+
+from pathlib import Path
+from typing import Any
+
+
+def load_model(folder: Path) -> Any:
+    """A transformers folder in float32 for inference, on the GPU where there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,131 @@
+"""The studies' dvc.yaml files, their params, the click options and the modules they run agree."""
+
+import ast
+import importlib
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+from dvc.repo import Repo
+
+from stages.__main__ import StageGroup
+from stages.params_file import load_params
+from studies.sweeps_claims import settings
+
+ROOT = Path(__file__).parents[2]
+STUDIES = ("dynamics", "sweeps")
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory):
+    """A copy of the pipelines alone, so that a checkout without .git works too."""
+    copy = tmp_path_factory.mktemp("repo")
+    for study in STUDIES:
+        (copy / "studies" / study).mkdir(parents=True)
+        for name in ("dvc.yaml", "params.yaml"):
+            (copy / "studies" / study / name).write_text((ROOT / "studies" / study / name).read_text())
+    return Repo.init(str(copy), no_scm=True)
+
+
+@pytest.fixture(params=STUDIES)
+def stages(request, repo):
+    return [stage for stage in repo.index.stages if Path(stage.path_in_repo).parts[1] == request.param]
+
+
+def parsed(stage) -> tuple[str, dict[str, object]]:
+    """(module or stage that runs, its options as click understands them)."""
+    words = shlex.split(stage.cmd)
+    assert words[:2] == ["python", "-m"]
+    if words[2] == "stages":
+        name, arguments = words[3], words[4:]
+        command = StageGroup().get_command(click.Context(click.Group()), name)
+    else:
+        name, arguments = words[2], words[3:]
+        command = importlib.import_module(name).command
+    return name, command.make_context(name, arguments).params
+
+
+def known_paths(stage) -> set[Path]:
+    root = Path(stage.repo.root_dir)
+    local = [Path(item.fs_path) for item in [*stage.deps, *stage.outs] if item.protocol == "local"]
+    return {path.relative_to(root) for path in local if path.is_relative_to(root)}
+
+
+def test_commands_parse_and_every_path_is_a_dependency_or_an_output(stages):
+    for stage in stages:
+        for name, value in parsed(stage)[1].items():
+            known = known_paths(stage)
+            if name == "run":  # a folder, whose files are named one by one
+                assert any(path.is_relative_to(value) for path in known), stage.name
+            elif isinstance(value, Path) and name != "params_file":
+                assert {value, *value.parents} & known, (stage.name, name, value)
+
+
+def test_commands_read_the_params_that_dvc_watches(stages):
+    for stage in stages:
+        watched = [Path(dep.fs_path) for dep in stage.deps if hasattr(dep, "params")]
+        assert Path(stage.repo.root_dir) / parsed(stage)[1]["params_file"] in watched, stage.name
+        assert Path(stage.wdir) == Path(stage.repo.root_dir)  # where the packages are
+
+
+def test_a_stage_runs_again_when_its_code_changes(stages):
+    for stage in stages:
+        module, _ = parsed(stage)
+        needed = {Path(*name.split(".")).with_suffix(".py") for name in own_imports(module)}
+        assert needed <= known_paths(stage), (stage.name, needed - known_paths(stage))
+
+
+def own_imports(module: str) -> set[str]:
+    """`module` and the modules of studies/ that it imports, also indirectly; none for a stage of the pipeline."""
+    if not module.startswith("studies."):
+        return set()
+    names = {module}
+    for node in ast.walk(ast.parse((ROOT / Path(*module.split("."))).with_suffix(".py").read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("studies."):
+            names |= own_imports(str(node.module))
+    return names
+
+
+def test_outputs_are_in_the_studys_folder_or_among_the_docs(stages):
+    for stage in stages:
+        study = Path(stage.path_in_repo).parts[1]
+        for out in stage.outs:
+            path = Path(out.fs_path).relative_to(stage.repo.root_dir)
+            assert path.is_relative_to(f"studies/{study}/run") or path.is_relative_to("docs/studies")
+
+
+def test_dynamics_trains_the_five_objectives():
+    params = load_params(ROOT / "studies" / "dynamics" / "params.yaml")
+    assert {params.train.variants[name].objective for name in params.sweep.variants} == {
+        "dpo",
+        "dpop",
+        "dpo_nll",
+        "bdpo",
+        "bpo",
+    }
+
+
+def test_sweep_has_all_48_cells_from_one_scoring_pass(repo):
+    names = [stage.name for stage in repo.index.stages if "sweeps" in stage.path_in_repo]
+    assert sum(name.startswith("train@") for name in names) == 48
+    assert names.count("score") == 1
+    params = load_params(ROOT / "studies" / "sweeps" / "params.yaml")
+    alphas = [0.1, 0.3, 0.5, 0.7, 1.0]
+    assert [(setting.series, setting.value) for setting in settings(params)] == [
+        *(("bdpo", mixture) for mixture in (0.1, 0.3, 0.5, 0.7, 0.9, 0.999)),
+        *(("bpo_logistic", alpha) for alpha in alphas),
+        *(("bpo_hinge", alpha) for alpha in alphas),
+    ]
+    assert params.sweep.seeds == [0, 1, 2]
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_presets_train_the_variants_of_their_study(study):
+    own, preset = (
+        load_params(ROOT / file)
+        for file in (f"studies/{study}/params.yaml", f"presets/study-{study}-qwen2.5-0.5b-one-gpu.yaml")
+    )
+    assert preset.train.variants == own.train.variants
+    assert preset.sweep.variants == own.sweep.variants
+    assert preset.train.epochs == 3.0
