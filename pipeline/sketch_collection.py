@@ -133,7 +133,7 @@ class GradientCollector:
         gradient = torch.zeros_like(hidden)
         for row in range(self.n):
             mine = batch.rows == row
-            positions, targets = batch.positions[mine], batch.targets[mine]
+            positions, targets = batch.places[mine] - row * batch.input_ids.shape[1], batch.targets[mine]
             inputs = hidden[row, positions]
             with torch.no_grad():
                 logps, delta = _log_prob_gradient(head, inputs, targets)
