@@ -10,7 +10,7 @@ venv=${VENV:-.venv}
     exit 2
 }
 command -v g++ >/dev/null || {
-    echo "setup: g++ not found; DeepSpeed compiles a communication op with it (Debian: apt install g++)" >&2
+    echo "setup: g++ not found; vLLM and PyTorch compile kernels with it (Debian: apt install g++)" >&2
     exit 2
 }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"

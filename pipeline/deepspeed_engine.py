@@ -1,7 +1,6 @@
 """The only module that imports DeepSpeed: engine, collectives, checkpoints, gathered weights."""
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -130,13 +129,11 @@ class Engine:
 
 
 def init_distributed() -> None:
+    # Only DeepSpeed's inference uses this op, yet every start would load it: compiled for 35 s the first time, behind a
+    # lock file that a killed rank leaves for all later ones to wait on for ever, with 66 MiB a rank left in /dev/shm.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # gloo on CPU: DeepSpeed's own CPU backend wants oneCCL.
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
-    # On CPU, DeepSpeed maps 66 MiB of shared memory for every rank and never removes its name, so that every training
-    # would keep that much memory until the machine restarts. Once all ranks have mapped it, nobody needs the name.
-    dist.barrier()
-    names = (str(os.getuid()), *(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")))
-    Path("/dev/shm", f"deepspeed_allreduce_buffer_{'_'.join(names)}").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
