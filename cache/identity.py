@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ IDENTITY = "identity.json"  # beside a journal: what its reference_id stands for
 
 
 @dataclass(frozen=True, kw_only=True)
-class Identity:
+class Identity(ABC):
     """What every kind of stored rows has: fields that determine the numbers, and a digest of them.
 
     mismatch: what another identity than the expected one means, and what to do about it, in sentences.
@@ -26,9 +27,9 @@ class Identity:
     values: ClassVar[tuple[type, ...]] = (str, type(None))  # types that a field may have
 
     @property
+    @abstractmethod
     def kind(self) -> Kind:
         """The kind of rows that are stored under this identity."""
-        raise NotImplementedError
 
     @property
     def reference_id(self) -> str:

@@ -14,6 +14,8 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cache.durable import sync_folder
+
 
 def place(folder: Path, step: int) -> Path:
     """Where the files of `step` lie."""
@@ -31,7 +33,7 @@ def seal(folder: Path, step: int) -> None:
     with ThreadPoolExecutor() as threads:  # hashing and flushing release the GIL
         described = dict(zip(files, threads.map(_flushed, files.values()), strict=True))
     for inner in {file.parent for file in files.values()} | {place(folder, step)}:
-        _flush_folder(inner)
+        sync_folder(inner)
     marker = _marker(folder, step)
     unfinished = marker.with_suffix(".partial")
     with unfinished.open("w") as file:
@@ -39,7 +41,7 @@ def seal(folder: Path, step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(marker)
-    _flush_folder(folder)
+    sync_folder(folder)
 
 
 def drop_unsound(folder: Path) -> list[str]:
@@ -97,14 +99,6 @@ def _flushed(file: Path) -> list[object]:
     with file.open("rb") as content:
         os.fsync(content.fileno())
         return [os.fstat(content.fileno()).st_size, hashlib.file_digest(content, "blake2b").hexdigest()]
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fault(file: Path, size: object, digest: object) -> str | None:

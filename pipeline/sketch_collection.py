@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.chunked_head import ChunkedHead, causal_model
 from pipeline.errors import RequestError, RunFailed
-from pipeline.logps import ChunkedHead, TokenBatch, Tokens, causal_model, collate
+from pipeline.logps import TokenBatch, Tokens, collate
 from pipeline.sketch_groups import Layer, Layout, find_layout
 from pipeline.sketch_maths import CHUNK_NUMBERS, Sums, gram_is_cheaper, lookup_squared_norm, squared_norms
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from pipeline.chunked_head import causal_model
 from pipeline.errors import RequestError
-from pipeline.logps import causal_model
 from pipeline.sketch_hashes import canonical_name
 from pipeline.trainable import transformer_blocks
 

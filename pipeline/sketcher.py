@@ -13,8 +13,9 @@ from torch import nn
 
 from cache import SketchIdentity
 from cache.sketches import canonical_json
+from pipeline.chunked_head import causal_model
 from pipeline.errors import RequestError
-from pipeline.logps import Tokens, causal_model
+from pipeline.logps import Tokens
 from pipeline.models import disable_dropout
 from pipeline.params import SketchParams, Trainable
 from pipeline.sketch_collection import GradientCollector, Sketched
