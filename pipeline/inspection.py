@@ -1,13 +1,15 @@
 """What a reference cache holds, computed in a few streaming passes: the numbers behind `refcache inspect`."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from cache import Reference, open_reference
+from cache import Reference, StoredRows, open_reference, open_sketches
+from cache.manifest import read_manifest
+from cache.sketches import SKETCHES
 from pipeline import drift
 from pipeline.errors import RequestError
 
@@ -21,18 +23,16 @@ def inspect_reference(path: Path, *, tokenizer: Path | None, extremes: int) -> d
     """Identity, size, distributions (nats) and extreme rows of the reference cache in folder `path`, ready for JSON.
 
     tokenizer: folder to decode the extreme rows with, or None for no text; extremes: rows at each end of each order.
-    Raises as `cache.open_reference`, and RequestError when `tokenizer` holds no tokenizer.
+    Of sketches: groups and norms of gradients instead of tokens and log-probs, and never text. Raises as
+    `cache.open_reference`, and RequestError when `tokenizer` holds no tokenizer.
     """
+    if read_manifest(path).kind == SKETCHES:
+        return _inspect_sketches(path, extremes)
     reference = open_reference(path, expect=None)
     decode = None if tokenizer is None else load_decoder(tokenizer)
     return {
-        "path": str(path),
-        "format_version": reference.manifest.format_version,
-        "reference_id": reference.manifest.reference_id,
-        "identity": reference.identity.to_dict(),
-        "rows": reference.n_rows,
+        **_facts(reference),
         "tokens": reference.n_tokens,
-        "shards": [{"file": s.file, "rows": s.rows, "bytes": s.bytes} for s in reference.manifest.shards],
         "n_tokens": _distribution(reference, "n_tokens"),
         "sum_logp": _distribution(reference, "sum_logp"),
         "token_logp": _token_distribution(reference),
@@ -41,7 +41,32 @@ def inspect_reference(path: Path, *, tokenizer: Path | None, extremes: int) -> d
     }
 
 
-def _distribution(reference: Reference, column: str) -> dict[str, float] | None:
+def _inspect_sketches(path: Path, extremes: int) -> dict[str, Any]:
+    sketches = open_sketches(path, expect=None)
+    return {
+        **_facts(sketches),
+        "groups": sketches.identity.widths,
+        "grad_norm": _distribution(sketches, "grad_norm"),
+        "extremes": {
+            name: frame.with_columns(pl.col("response_key").bin.encode("hex")).to_dicts()
+            for name, frame in _ends(sketches.scan().select("response_key", "grad_norm"), "grad_norm", extremes)
+        },
+    }
+
+
+def _facts(stored: StoredRows) -> dict[str, Any]:
+    return {
+        "path": str(stored.path),
+        "kind": stored.manifest.kind,
+        "format_version": stored.manifest.format_version,
+        "reference_id": stored.manifest.reference_id,
+        "identity": stored.identity.to_dict(),
+        "rows": stored.n_rows,
+        "shards": [{"file": s.file, "rows": s.rows, "bytes": s.bytes} for s in stored.manifest.shards],
+    }
+
+
+def _distribution(reference: StoredRows, column: str) -> dict[str, float] | None:
     """Exact mean, extremes and quantiles of a column with one number per row; None without rows."""
     if reference.n_rows == 0:
         return None
@@ -76,15 +101,21 @@ def _extremes(reference: Reference, count: int, decode: Decode | None) -> dict[s
     rows = reference.scan().select(
         "response_key", "n_tokens", "sum_logp", (pl.col("sum_logp") / pl.col("n_tokens")).alias("mean_logp")
     )
-    found = {}
-    for order in ("mean_logp", "sum_logp"):
-        # The key breaks ties, or the same cache could show other rows each time.
-        ends = {"lowest": rows.bottom_k(count, by=[order, "response_key"])}
-        ends["highest"] = rows.top_k(count, by=[order, "response_key"])
-        for end, query in ends.items():
-            frame = query.collect(engine="streaming").sort(order, "response_key", descending=end == "highest")
-            found[f"{end}_{order}"] = _with_text(reference, frame, decode)
-    return found
+    return {
+        name: _with_text(reference, frame, decode)
+        for order in ("mean_logp", "sum_logp")
+        for name, frame in _ends(rows, order, count)
+    }
+
+
+def _ends(rows: pl.LazyFrame, order: str, count: int) -> Iterator[tuple[str, pl.DataFrame]]:
+    """("lowest_ORDER", frame) and ("highest_ORDER", frame), most extreme first."""
+    # The key breaks ties, or the same cache could show other rows each time.
+    ends = {"lowest": rows.bottom_k(count, by=[order, "response_key"])}
+    ends["highest"] = rows.top_k(count, by=[order, "response_key"])
+    for end, query in ends.items():
+        frame = query.collect(engine="streaming").sort(order, "response_key", descending=end == "highest")
+        yield f"{end}_{order}", frame
 
 
 def _with_text(reference: Reference, frame: pl.DataFrame, decode: Decode | None) -> list[dict[str, Any]]:

@@ -16,8 +16,9 @@ COMMANDS = {
     "evaluate": "Compare one policy with the reference on held-out pairs.",
     "report": "Collect all variants into tables, curves and one HTML page.",
     "inspect": "Show what a reference cache holds.",
+    "sketch-report": "Say whether the sketches are large enough.",
     "verify": "Check a reference cache for damage, and repair it.",
-    "why-miss": "Say which rows `score` would compute, and why.",
+    "why-miss": "Say which rows `score` or `sketch` would compute, and why.",
     "gc": "Drop journalled rows that no current pair uses.",
 }
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from stages.options import default_path_option
+from stages.tables import show_bytes
 
 
 @click.command(name="gc")
@@ -46,15 +47,11 @@ def command(
     about = "would be about " if dry_run else ""
     for journal in done.journals:
         click.echo(
-            f"{journal.folder}: kept {journal.kept_rows:,} rows, {_size(journal.kept_bytes)}; "
-            f"dropped {about}{journal.dropped_rows:,} rows, {_size(journal.dropped_bytes)}"
+            f"{journal.folder}: kept {journal.kept_rows:,} rows, {show_bytes(journal.kept_bytes)}; "
+            f"dropped {about}{journal.dropped_rows:,} rows, {show_bytes(journal.dropped_bytes)}"
         )
     for folder, size, dropped in done.folders:
         word = ("would be dropped" if dry_run else "dropped") if dropped else "kept"
-        click.echo(f"{folder}: {word}, {_size(size)}")
+        click.echo(f"{folder}: {word}, {show_bytes(size)}")
     if not done.journals and not done.folders:
         click.echo("Nothing to collect: there is no journal.")
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"

@@ -54,7 +54,7 @@ def test_pipeline_imports_no_stage_and_engines_only_in_their_module(file):
 
 @pytest.mark.parametrize("file", modules("stages"), ids=lambda file: file.name)
 def test_stages_import_no_other_stage(file):
-    shared = {"stages.options", "stages.params_file"}
+    shared = {"stages.options", "stages.params_file", "stages.tables"}
     found = {name for name in imports(file) if name.startswith("stages.")}
     assert all(any(name == s or name.startswith(s + ".") for s in shared) for name in found)
 

@@ -1,0 +1,88 @@
+"""`refcache sketch-report`: is the published sketch large enough for what is to be constrained by it?"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stages.tables import Table, echo_tables, show
+
+
+@click.command(name="sketch-report")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--null-weight",
+    "null_weights",
+    type=click.FloatRange(min=0, min_open=True),
+    multiple=True,
+    default=(1.0,),
+    show_default=True,
+    help="Weight of AuxDPO's constraint; repeatable. Suggestions are for the largest.",
+)
+@click.option(
+    "--ridge", type=click.FloatRange(min=0), default=0.0, show_default=True, help="AuxDPO's ridge on the offsets."
+)
+@click.option("--rows", default=2048, show_default=True, help="Rows of the spectrum, at most 8,192; more are sampled.")
+@click.option("--seed", default=0, show_default=True, help="Of that sample.")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file to write as well.")
+def command(path: Path, null_weights: tuple[float, ...], ridge: float, rows: int, seed: int, out: Path | None) -> None:
+    """Report on the sketches in folder PATH: spectrum, effective dimension, errors, and how large they should be.
+
+    Measured errors compare with what is exact or independent: the norms stored with each row, and the audit sketch.
+    Memory is 32 bytes times the square of --rows, and 128 MiB.
+
+    \b
+    Example:
+      refcache sketch-report data/reference/sketches
+      refcache sketch-report data/reference/sketches --null-weight 1 --null-weight 100 --out results/sketch/report.json
+    """
+    from pipeline.sketch_report import report_sketches, write_report
+
+    found = report_sketches(path, null_weights=null_weights, ridge=ridge, rows=rows, seed=seed)
+    if out is not None:
+        write_report(found, out)
+    echo_tables(list(_tables(found)))
+    suggested = found["suggested"]
+    click.echo(
+        f"Suggested for null_weight {found['penalties'][-1]['null_weight']:g}: sketch.k {suggested['k']:,} a group; a "
+        f"projection of rank {suggested['rank']:,}."
+    )
+    for warning in found["warnings"]:
+        click.echo(f"Warning: {warning}")
+
+
+def _tables(found: dict[str, Any]) -> list[Table]:
+    sampled = "all" if found["seed"] is None else f"{found['rows_used']:,} of them, seed {found['seed']}"
+    facts = {
+        **{name: found[name] for name in ("path", "reference_id", "mode", "trainable", "rows")},
+        "rows used": sampled,
+        "numbers a row": found["numbers"],
+        "effective numbers": found["effective_numbers"] or "exact gradients",
+        "mean squared norm": found["spectrum"]["energy"],
+        "stable rank": found["spectrum"]["stable_rank"],
+        "leading shares of the energy": "  ".join(show(share) for share in found["spectrum"]["leading"]),
+    }
+    names = {
+        "null_weight": "null_weight",
+        "mu": "mu",
+        "dimension_of_sketch": "of the sketch",
+        "dimension": "effective dimension",
+        "predicted_ratio": "seen of a fitted penalty, predicted",
+        "measured_ratio": "measured by the audit",
+    }
+    groups = [[name, show(g["numbers"]), show(g["energy"])] for name, g in found["groups"].items()]
+    errors = [[name, *map(show, error.values())] for name, error in found["errors"].items()]
+    penalties = [[_dimension(p[name]) for name in names] for p in found["penalties"]]
+    tail = [[show(value) for value in row.values()] for row in found["spectrum"]["tail"]]
+    tables = [
+        ("Sketches", ["field", "value"], [[name, show(value)] for name, value in facts.items()]),
+        ("Groups of parameters", ["group", "numbers", "share of the energy"], groups),
+        ("Energy outside the leading directions", ["directions", "by the sketch", "by the audit"], tail),
+        ("Relative errors of squared norms, row by row", ["", "predicted", "measured", "mean", "worst"], errors),
+        ("Offsets fitted to the sketch", list(names.values()), penalties),
+    ]
+    return [table for table in tables if table[2]]
+
+
+def _dimension(value: float | None) -> str:
+    return "too large to tell" if value is None else show(value)
