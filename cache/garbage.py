@@ -16,7 +16,8 @@ from cache.durable import sync_folder
 from cache.errors import system_errors
 from cache.identity import IDENTITY
 from cache.journal import FRAME, HEADER, Journal, find_frames, require_header
-from cache.schema import KEY_COLUMN, LOGPS, LOGPS_SCHEMA, Kind, conform
+from cache.schema import KEY_COLUMN, LOGPS, conform
+from cache.sketches import kind_of_columns
 
 BUILDING = "compacting"  # folder inside the journal's
 FILE = "rows.journal"
@@ -37,7 +38,7 @@ class Compaction:
     dropped_bytes: int
 
 
-def peek_journal(folder: Path, kind: Kind = LOGPS) -> Iterator[tuple[int, pa.Table]]:
+def peek_journal(folder: Path) -> Iterator[tuple[int, pa.Table]]:
     """(bytes of the frame, its rows) of the journal in `folder`, without locking or changing anything.
 
     Rows come as they were appended, repeated keys included; damaged frames are stepped over. A writer may be at work:
@@ -53,7 +54,8 @@ def peek_journal(folder: Path, kind: Kind = LOGPS) -> Iterator[tuple[int, pa.Tab
             require_header(folder / FILE, os.pread(file, len(HEADER), 0))
             for start, stop in find_frames(file):
                 payload = os.pread(file, stop - start - FRAME.size, start + FRAME.size)
-                yield stop - start, conform(pa.ipc.open_stream(payload).read_all(), kind)
+                rows = pa.ipc.open_stream(payload).read_all()
+                yield stop - start, conform(rows, kind_of_columns(rows.schema))
         finally:
             os.close(file)
 
@@ -69,12 +71,13 @@ def plan_compaction(folder: Path, needed: Set[bytes] | None) -> Compaction:
     rows = {True: 0, False: 0}
     size = {True: 0.0, False: 0.0}
     for length, table in peek_journal(folder):
-        tokens = table["n_tokens"].to_pylist()
-        for key, n_tokens in zip(table[KEY_COLUMN].to_pylist(), tokens, strict=True):
+        # What a row takes goes by its tokens; sketches are all of one size.
+        parts = table["n_tokens"].to_pylist() if "n_tokens" in table.column_names else [1] * table.num_rows
+        for key, part in zip(table[KEY_COLUMN].to_pylist(), parts, strict=True):
             kept = needed is None or (key in needed and key not in seen)
             seen.add(key)
             rows[kept] += 1
-            size[kept] += length * n_tokens / sum(tokens)
+            size[kept] += length * part / sum(parts)
     whole = (folder / FILE).stat().st_size if (folder / FILE).exists() else 0
     dropped = round(size[False])
     return Compaction(
@@ -92,7 +95,8 @@ def compact_journal(folder: Path, needed: Set[bytes]) -> Compaction:
     Every other row stays, bit for bit. Raises CacheLocked while another process writes there, and CacheError, with the
     journal as it was, where the system refuses (rewriting needs space for the rows that stay).
     """
-    with Journal(folder) as journal:
+    kind = next((kind_of_columns(rows.schema) for _, rows in peek_journal(folder)), LOGPS)
+    with Journal(folder, kind) as journal:
         building = folder / BUILDING
         shutil.rmtree(building, ignore_errors=True)
         planned = plan_compaction(folder, needed)
@@ -113,15 +117,16 @@ def compact_journal(folder: Path, needed: Set[bytes]) -> Compaction:
 
 
 def _copy(journal: Journal, needed: Set[bytes], building: Path) -> int:
-    gathered, rows = [LOGPS_SCHEMA.empty_table()], 0
-    with Journal(building) as copy:
+    empty = journal.kind.schema.empty_table()
+    gathered, rows = [empty], 0
+    with Journal(building, journal.kind) as copy:
         for table in journal.tables():
             wanted = table.filter(pa.array([key in needed for key in table[KEY_COLUMN].to_pylist()], pa.bool_()))
             rows += wanted.num_rows
             gathered.append(wanted)
             if sum(part.nbytes for part in gathered) > FRAME_BYTES:
                 copy.append(pa.concat_tables(gathered))
-                gathered = [LOGPS_SCHEMA.empty_table()]
+                gathered = [empty]
         if any(part.num_rows for part in gathered):
             copy.append(pa.concat_tables(gathered))
     return rows

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from cache.durable import write_durably
 from cache.errors import CacheCorrupt, CacheError, CacheMismatch, system_errors
@@ -54,6 +54,9 @@ class Identity(ABC):
         """{field: (mine, other's)} of the fields that differ, in the order of declaration."""
         mine, theirs = self.to_dict(), other.to_dict()
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+
+SomeIdentity = TypeVar("SomeIdentity", bound=Identity)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +119,10 @@ def record_identity(folder: Path, identity: Identity) -> None:
             write_durably(path, content.encode())
 
 
-def recorded_identity(folder: Path) -> ReferenceIdentity | None:
+def recorded_identity(folder: Path, kind: type[SomeIdentity]) -> SomeIdentity | None:
     """What `record_identity` wrote; None where that is absent or can't be read, since it only serves explanations."""
     try:
-        return ReferenceIdentity.from_dict(json.loads((folder / IDENTITY).read_bytes()))
+        return kind.from_dict(json.loads((folder / IDENTITY).read_bytes()))
     except (OSError, ValueError, TypeError, CacheError):
         return None
 

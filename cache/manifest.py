@@ -83,14 +83,9 @@ def read_manifest(folder: Path, stage: str = "score") -> Manifest:
 
 def remedy(folder: Path, stage: str = "score") -> str:
     """What to run when files of a published reference cache are damaged or gone. stage: which one wrote it."""
-    if stage != "score":
-        return (
-            f"Restore the folder with `dvc checkout {folder}`, or run `dvc repro -f {stage}`: only the rows of damaged "
-            "shards that the journal lacks are computed again."
-        )
     return (
         f"Restore the folder with `dvc checkout {folder}`, or run `refcache verify {folder} --repair` (or "
-        "`dvc repro -f score`): only the rows of damaged shards that the journal lacks are scored again."
+        f"`dvc repro -f {stage}`): only the rows of damaged shards that the journal lacks are computed again."
     )
 
 

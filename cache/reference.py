@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMismatch, system_errors
-from cache.identity import Identity, ReferenceIdentity, require_identity
+from cache.identity import Identity, ReferenceIdentity, SomeIdentity, require_identity
 from cache.key_set import KeyArray, Keys, KeySet, key_array, key_bytes
 from cache.manifest import EXCHANGE, Manifest, Shard, file_digest, read_manifest, remedy
 from cache.schema import KEY_COLUMN, LOGPS
@@ -225,9 +225,6 @@ def open_reference(path: Path | str, *, expect: ReferenceIdentity | None) -> Ref
     return Reference(folder, manifest, identity)
 
 
-SomeIdentity = TypeVar("SomeIdentity", bound=Identity)
-
-
 def open_rows(
     folder: Path,
     kind: str,
@@ -266,8 +263,8 @@ def _open(
     if strays:
         raise CacheCorrupt(
             f"{folder} holds {', '.join(strays)}, which {'is' if len(strays) == 1 else 'are'} not in its manifest; "
-            "whoever scans the folder would read foreign rows. Move such files away"
-            + (f", or run `refcache verify {folder} --repair`, which does." if stage == LOGPS.stage else ".")
+            "whoever scans the folder would read foreign rows. Move such files away, or run "
+            f"`refcache verify {folder} --repair`, which does."
         )
     return manifest, identity
 

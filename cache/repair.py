@@ -87,7 +87,7 @@ def _stated_by(shard: Path) -> dict[str, Any]:
         return {}
 
 
-def damaged_files(folder: Path, identity: ReferenceIdentity) -> tuple[list[Finding], list[str]]:
+def damaged_files(folder: Path, identity: Identity) -> tuple[list[Finding], list[str]]:
     """What is wrong, and the names to move aside for it: damaged and foreign files, but no sound shard of `identity`.
 
     Raises CacheIncomplete and CacheMismatch as `verify` does, and CacheMismatch where the folder holds the answers of
@@ -107,7 +107,7 @@ def damaged_files(folder: Path, identity: ReferenceIdentity) -> tuple[list[Findi
     return findings, sorted(name for name in moved if os.path.lexists(folder / name))
 
 
-def _require_same_reference(folder: Path, identity: ReferenceIdentity) -> None:
+def _require_same_reference(folder: Path, identity: Identity) -> None:
     shards = [_stated_by(path).get("identity") for path in sorted(folder.glob("*.parquet"))]
     try:
         manifest = read_manifest(folder).identity
@@ -118,7 +118,7 @@ def _require_same_reference(folder: Path, identity: ReferenceIdentity) -> None:
         return
     others = [stated for stated in (manifest, *shards) if stated and stated != wanted]
     if others:
-        require_identity(folder, ReferenceIdentity.from_dict(others[0]), identity)
+        require_identity(folder, type(identity).from_dict(others[0]), identity)
 
 
 def set_aside(folder: Path, names: Iterable[str], damaged: Path) -> Path:

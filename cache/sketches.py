@@ -13,7 +13,7 @@ import pyarrow as pa
 from cache.errors import CacheCorrupt, CacheMismatch
 from cache.identity import Identity, ReferenceIdentity
 from cache.key_set import KeyArray, key_array
-from cache.manifest import Manifest
+from cache.manifest import Manifest, read_manifest
 from cache.reference import StoredRows, open_rows
 from cache.schema import KEY_COLUMN, LOGPS, Kind, refuse
 
@@ -163,6 +163,28 @@ def open_sketches(path: Path | str, *, expect: SketchIdentity | None) -> Sketche
     folder = Path(path)
     manifest, identity = open_rows(folder, SKETCHES, STAGE, SketchIdentity.from_dict, expect)
     return Sketches(folder, manifest, identity)
+
+
+def stored_kind(folder: Path) -> str:
+    """The kind that the manifest in `folder` states or, where it can't be read, the names of the shards.
+
+    Raises CacheIncomplete for a folder that was never published, CacheMismatch for one of a newer version.
+    """
+    try:
+        return read_manifest(folder).kind
+    except CacheCorrupt:
+        return SKETCHES if any(folder.glob(f"{SKETCHES}-*.parquet")) else LOGPS.name
+
+
+def writing_stage(kind: str) -> str:
+    """The stage of dvc.yaml that publishes rows of this kind, for messages."""
+    return STAGE if kind == SKETCHES else LOGPS.stage
+
+
+def kind_of_columns(schema: pa.Schema) -> Kind:
+    """The kind of journalled rows with these columns: sketches have lists of a fixed size."""
+    widths = {field.name: field.type.list_size for field in schema if pa.types.is_fixed_size_list(field.type)}
+    return sketch_kind(widths) if widths else LOGPS
 
 
 def stated_identity(manifest: Manifest) -> Identity:

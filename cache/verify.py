@@ -15,7 +15,7 @@ from cache.key_set import KeyArray, key_array
 from cache.manifest import EXCHANGE, MANIFEST, Manifest, Shard, file_digest, read_manifest, remedy
 from cache.schema import KEY_COLUMN, LOGPS, Kind
 from cache.shards import partition_bits, partitions_of, read_shard_metadata, require_known_version
-from cache.sketches import stated_identity
+from cache.sketches import stated_identity, stored_kind, writing_stage
 
 DRIFT = "drift.json"
 COMPANIONS = {MANIFEST, DRIFT}  # what may stand beside the shards
@@ -43,10 +43,11 @@ def verify(path: Path | str, *, on_sound: Callable[[Shard], None] | None = None)
 
 
 def _verify(folder: Path, on_sound: Callable[[Shard], None] | None) -> list[Finding]:
+    stage = writing_stage(stored_kind(folder))
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, stage)
     except CacheCorrupt as error:
-        return [Finding(file=MANIFEST, problem=str(error), remedy=remedy(folder))]
+        return [Finding(file=MANIFEST, problem=str(error), remedy=remedy(folder, stage))]
     findings = list(_check_folder(folder, manifest))
     try:
         kind = stated_identity(manifest).kind
@@ -69,7 +70,7 @@ def _check_folder(folder: Path, manifest: Manifest) -> Iterator[Finding]:
             yield Finding(
                 file=name,
                 problem="left behind by an interrupted publication (or one is under way)",
-                remedy="Run `dvc repro -f score`, which completes it.",
+                remedy=f"Run `dvc repro -f {writing_stage(manifest.kind)}`, which completes it.",
             )
         else:
             yield Finding(

@@ -1,21 +1,23 @@
-"""Why the next `score` would reuse its rows, or would not: which identity field differs, and which rows are new."""
+"""Why the next `score` or `sketch` reuses its rows, or does not: which identity field differs, which rows are new."""
 
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from cache import CacheCorrupt, CacheError, CacheIncomplete, ReferenceIdentity
+from cache import CacheCorrupt, CacheError, CacheIncomplete
 from cache.garbage import find_journals, journalled_keys
-from cache.identity import recorded_identity, short_digest
+from cache.identity import Identity, recorded_identity, short_digest
 from cache.manifest import read_manifest
 from cache.repair import sound_part
+from cache.sketches import NONE
 from pipeline.errors import RequestError
-from pipeline.params import ScoreParams
+from pipeline.params import ScoreParams, SketchParams, Trainable
 from pipeline.prepared_data import read_responses
 from pipeline.progress import activity
+from pipeline.sketching import sketch_identity
 from pipeline.weights import reference_identity
-from pipeline.workspace import journal_folder
+from pipeline.workspace import journal_folder, sketch_journal_folder
 
 OTHER_KEYS = (
     "No row of this reference is for any of these prompts: the tokenizer, the chat template or the truncation changed, "
@@ -36,11 +38,34 @@ def explain_reuse(*, pairs: Path, model: Path, reference: Path, params: ScorePar
         raise RequestError(f"{pairs} has no responses to score. Run `dvc repro prepare` on data with pairs.")
     with activity(f"digesting {model}"):
         identity = reference_identity(model, dtype=params.dtype, quantization=params.quantization)
+    return _explain(responses, identity, reference, journal_folder())
+
+
+def explain_sketch_reuse(
+    *,
+    pairs: Path,
+    model: Path,
+    sketches: Path,
+    params: SketchParams,
+    trainable: Trainable,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """As `explain_reuse`, of the next `sketch`; loads the model. With sketch.mode none no response is asked for."""
+    responses = read_responses(pairs).filter(pl.col("split") == "train")
+    if responses.is_empty():
+        raise RequestError(f"{pairs} has no training responses to sketch. Add pairs, or lower prepare.test_share.")
+    identity = sketch_identity(model, params=params, trainable=trainable, trust_remote_code=trust_remote_code)
+    if identity.mode == NONE:
+        responses = responses.clear()
+    return _explain(responses, identity, sketches, sketch_journal_folder())
+
+
+def _explain(responses: pl.DataFrame, identity: Identity, reference: Path, journal_root: Path) -> dict[str, Any]:
     needed = set(responses["response_key"])
     published, known = _published(reference, identity)
     journals = []
-    for folder in find_journals(journal_folder()):
-        found = _journal(folder, identity, needed)
+    for folder in find_journals(journal_root):
+        found = _journal(folder, journal_root, identity, needed)
         journals.append(found)
         if found["ours"]:
             known |= journalled_keys(folder)
@@ -57,8 +82,8 @@ def explain_reuse(*, pairs: Path, model: Path, reference: Path, params: ScorePar
     }
 
 
-def _published(reference: Path, identity: ReferenceIdentity) -> tuple[dict[str, Any], set[bytes]]:
-    """What stands at `reference`, and the keys of its rows that `score` would take."""
+def _published(reference: Path, identity: Identity) -> tuple[dict[str, Any], set[bytes]]:
+    """What stands at `reference`, and the keys of its rows that the stage would take."""
     found: dict[str, Any] = {"path": str(reference), "reference_id": None, "rows": 0, "differs": {}, "problem": None}
     try:
         manifest = read_manifest(reference)
@@ -67,8 +92,14 @@ def _published(reference: Path, identity: ReferenceIdentity) -> tuple[dict[str, 
     except CacheCorrupt as error:
         found["problem"] = str(error)
     else:
+        if manifest.kind != identity.kind.name:
+            kinds = f"{manifest.kind}, expected {identity.kind.name}"
+            raise RequestError(f"{reference} holds {kinds}. Name another folder with --reference, or use --sketches.")
         found |= {"reference_id": manifest.reference_id, "rows": manifest.n_rows}
-        found["differs"] = _differences(ReferenceIdentity.from_dict(manifest.identity), identity)
+        if manifest.identity.get("mode") == NONE:
+            found["problem"] = "no sketches were asked for (sketch.mode none)"
+        else:
+            found["differs"] = _differences(type(identity).from_dict(manifest.identity), identity)
     sound = sound_part(reference, identity)
     keys = sound.keys() if sound else set[bytes]()
     if not found["differs"] and not found["problem"] and len(keys) < found["rows"]:
@@ -77,13 +108,13 @@ def _published(reference: Path, identity: ReferenceIdentity) -> tuple[dict[str, 
     return found, keys
 
 
-def _journal(folder: Path, identity: ReferenceIdentity, needed: set[bytes]) -> dict[str, Any]:
-    reference_id = folder.relative_to(journal_folder()).parts[0]
+def _journal(folder: Path, root: Path, identity: Identity, needed: set[bytes]) -> dict[str, Any]:
+    reference_id = folder.relative_to(root).parts[0]
     try:
         keys, problem = journalled_keys(folder), None
     except CacheError as error:
         keys, problem = set(), str(error)
-    recorded = recorded_identity(journal_folder() / reference_id)
+    recorded = recorded_identity(root / reference_id, type(identity))
     return {
         "path": str(folder),
         "reference_id": reference_id,
@@ -95,7 +126,7 @@ def _journal(folder: Path, identity: ReferenceIdentity, needed: set[bytes]) -> d
     }
 
 
-def _differences(theirs: ReferenceIdentity, ours: ReferenceIdentity) -> dict[str, list[str | None]]:
+def _differences(theirs: Identity, ours: Identity) -> dict[str, list[Any]]:
     return {field: list(values) for field, values in theirs.differences(ours).items()}
 
 
@@ -141,7 +172,7 @@ def _reasons(
     return reasons
 
 
-def _show(differs: dict[str, list[str | None]]) -> str:
+def _show(differs: dict[str, list[Any]]) -> str:
     return "; ".join(
         f"{field} is {short_digest(theirs)} there, {short_digest(ours)} now"
         for field, (theirs, ours) in differs.items()

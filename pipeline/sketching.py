@@ -12,7 +12,7 @@ import polars as pl
 
 from cache import Journal, KeySet, SketchIdentity, locate, open_sketches, publish_reference
 from cache.identity import record_identity
-from cache.sketches import AUDIT, sketches_table
+from cache.sketches import AUDIT, NONE, sketches_table
 from pipeline.errors import RequestError
 from pipeline.params import SketchParams, Trainable
 from pipeline.prepared_data import scan_responses
@@ -23,6 +23,22 @@ from pipeline.workspace import sketch_journal_folder
 
 if TYPE_CHECKING:
     from pipeline.sketcher import Sketcher
+
+
+def sketch_identity(
+    model: Path, *, params: SketchParams, trainable: Trainable, trust_remote_code: bool = False
+) -> SketchIdentity:
+    """Of what `sketch_responses` would publish. Loads the model, since what trains in it is part of the identity."""
+    if params.mode == NONE:
+        return SketchIdentity(mode=NONE)
+    return _load(model, params, trainable, trust_remote_code).identity(model)
+
+
+def _load(model: Path, params: SketchParams, trainable: Trainable, trust_remote_code: bool) -> "Sketcher":
+    with activity(f"loading {model}"):
+        from pipeline.sketcher import load_sketcher  # seconds of torch and transformers, for these modes alone
+
+        return load_sketcher(model, params, trainable, trust_remote_code=trust_remote_code)
 
 
 @dataclass
@@ -50,7 +66,7 @@ def sketch_responses(
     Raises RequestError for rows that the model can't take and for a `trainable` that can't be sketched, RunFailed for
     gradients that are not finite, CacheLocked while another process sketches.
     """
-    if params.mode == "none":
+    if params.mode == NONE:
         identity = SketchIdentity(mode=params.mode)
         publish_reference(out, identity.kind.schema.empty_table(), identity)
         return _write(metrics, {"mode": params.mode, "responses": 0, "rows_sketched": 0})
@@ -58,11 +74,8 @@ def sketch_responses(
     if responses.is_empty():
         raise RequestError(f"{pairs} has no training responses to sketch. Add pairs, or lower prepare.test_share.")
     check_rows(responses, model_limits(model, trust_remote_code=trust_remote_code), model)
-    with activity(f"loading {model}"):
-        from pipeline.sketcher import load_sketcher  # seconds of torch and transformers, for these modes alone
-
-        sketcher = load_sketcher(model, params, trainable, trust_remote_code=trust_remote_code)
-        identity = sketcher.identity(model)
+    sketcher = _load(model, params, trainable, trust_remote_code)
+    identity = sketcher.identity(model)
     needed = KeySet(responses["response_key"])
     with Journal(sketch_journal_folder() / identity.reference_id, identity.kind) as journal:
         record_identity(journal.path.parent, identity)

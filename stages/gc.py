@@ -17,17 +17,25 @@ from stages.tables import show_bytes
     help="Prepared pairs whose rows stay; repeatable, for data of other branches.",
 )
 @default_path_option("--reference", "data/reference/logps", "The published reference cache; only read.")
+@default_path_option("--sketches", "data/reference/sketches", "The published sketches; only read.")
 @click.option("--other-references", is_flag=True, help="Also drop the journals of every other reference.")
 @click.option("--damaged", is_flag=True, help="Also drop what `verify --repair` moved aside.")
 @click.option("--views", is_flag=True, help="Also drop the data loaders' copies; they are made again.")
 @click.option("--dry-run", is_flag=True, help="Say what would go; change nothing.")
 def command(
-    pairs: tuple[Path, ...], reference: Path, other_references: bool, damaged: bool, views: bool, dry_run: bool
+    pairs: tuple[Path, ...],
+    reference: Path,
+    sketches: Path,
+    other_references: bool,
+    damaged: bool,
+    views: bool,
+    dry_run: bool,
 ) -> None:
     """Drop journalled rows that no current pair uses, and no others. What is published is never touched.
 
-    Journals make killed runs resume and let data grow back without scoring. Journals of other references than the
-    published one stay whole unless --other-references is given. A journal that is being written is left alone.
+    Journals make killed runs resume and let data grow back without computing. Journals of other references, or of other
+    sketches, than the published ones stay whole unless --other-references is given. A journal that is being written is
+    left alone.
 
     \b
     Example:
@@ -39,6 +47,7 @@ def command(
     done = collect_garbage(
         pairs=pairs,
         reference=reference,
+        sketches=sketches,
         other_references=other_references,
         damaged=damaged,
         views=views,

@@ -9,18 +9,24 @@ from stages.options import default_path_option, params_file_options
 
 if TYPE_CHECKING:
     from cache.manifest import Shard
+    from pipeline.params import Params
+    from pipeline.repair import Repair
 
 SHOWN_ROWS = 20  # flagged rows that are listed; pipeline.drift_check returns more
 
 
 @click.command(name="verify")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--repair", is_flag=True, help="Move what is damaged to .refcache/damaged and score only its rows again.")
+@click.option("--repair", is_flag=True, help="Move what is damaged to .refcache/damaged; compute only its rows again.")
 @click.option("--drift", is_flag=True, help="Compare with transformers' own forward; with --repair, rescore by it.")
 @click.option("--sample", type=click.IntRange(min=1), help="Responses that --drift forwards.  [default: all]")
 @default_path_option("--pairs", "data/prepared/pairs", "For --repair and --drift: pairs and responses from prepare.")
 @default_path_option("--model", "models/reference", "For --repair and --drift: the reference.")
-@default_path_option("--metrics", "results/score/metrics.json", "For --repair: score's metrics, written anew.")
+@click.option(
+    "--metrics",
+    type=click.Path(path_type=Path),
+    help="For --repair: metrics, written anew.  [default: results/score/metrics.json or results/sketch/metrics.json]",
+)
 @params_file_options
 def command(
     path: Path,
@@ -29,11 +35,11 @@ def command(
     sample: int | None,
     pairs: Path,
     model: Path,
-    metrics: Path,
+    metrics: Path | None,
     params_file: Path,
     overrides: tuple[str, ...],
 ) -> None:
-    """Check the reference cache in folder PATH for damaged, missing and foreign files.
+    """Check the reference cache, or the sketches, in folder PATH for damaged, missing and foreign files.
 
     Exits with 1 when something is wrong, after a line for each finding and its remedy. Without --repair nothing is
     changed. Damaged files are never deleted: --repair moves them, and reuses the rows of sound shards and the journal.
@@ -43,13 +49,18 @@ def command(
       refcache verify data/reference/logps
       refcache verify data/reference/logps --repair
       refcache verify data/reference/logps --drift --sample 200
+      refcache verify data/reference/sketches --repair
     """
     if not repair and not drift:
         _verify(path)
         return
+    from cache.sketches import SKETCHES, stored_kind
     from stages.params_file import load_params
 
     params = load_params(params_file, overrides)
+    if stored_kind(path) == SKETCHES:
+        _repair_sketches(path, drift=drift, pairs=pairs, model=model, metrics=metrics, params=params)
+        return
     options: dict[str, Any] = {
         "pairs": pairs,
         "model": model,
@@ -57,6 +68,7 @@ def command(
         "trust_remote_code": params.model.trust_remote_code,
     }
     if repair:
+        metrics = metrics or Path("results/score/metrics.json")
         _repair(path, metrics=metrics, params=params.score, drift_tolerance=params.train.drift_tolerance, **options)
     else:
         _verify(path)
@@ -76,19 +88,40 @@ def _verify(path: Path) -> None:
 
 
 def _report(shard: "Shard") -> None:
-    click.echo(f"{shard.file}: sound, {shard.rows} rows, {shard.tokens} tokens, {shard.bytes} bytes")
+    tokens = f"{shard.tokens} tokens, " if shard.tokens else ""  # sketches have none
+    click.echo(f"{shard.file}: sound, {shard.rows} rows, {tokens}{shard.bytes} bytes")
 
 
 def _repair(path: Path, **options: Any) -> None:
     from pipeline.repair import repair_reference
 
-    done = repair_reference(path, **options)
+    _show_repair(path, repair_reference(path, **options), "scored")
+
+
+def _repair_sketches(path: Path, *, drift: bool, params: "Params", metrics: Path | None, **options: Any) -> None:
+    from pipeline.errors import RequestError
+    from pipeline.repair import repair_sketches
+
+    if drift:
+        raise RequestError(f"{path} holds sketches; --drift compares log-probs. Run it without --drift.")
+    done = repair_sketches(
+        path,
+        metrics=metrics or Path("results/sketch/metrics.json"),
+        params=params.sketch,
+        trainable=params.trainable,
+        trust_remote_code=params.model.trust_remote_code,
+        **options,
+    )
+    _show_repair(path, done, "sketched")
+
+
+def _show_repair(path: Path, done: "Repair", computed: str) -> None:
     for finding in done.findings:
         click.echo(f"{finding.file}: {finding.problem}")
     if done.summary is not None:
-        scored, reused = done.summary["rows_scored"], done.summary["rows_reused"]
+        again, reused = done.summary[f"rows_{computed}"], done.summary["rows_reused"]
         click.echo(f"moved {_count(len(done.moved), 'file')} to {done.aside}; nothing was deleted")
-        click.echo(f"{scored:,} rows scored again, {reused:,} reused")
+        click.echo(f"{again:,} rows {computed} again, {reused:,} reused")
     click.echo(f"{path}: sound")
 
 

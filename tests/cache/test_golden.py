@@ -96,7 +96,7 @@ def test_whoever_reads_the_shard_with_polars_alone_gets_the_same():
 
 def test_the_journal_of_version_1_reads_to_the_very_values(golden):
     folder = golden / "journal" / REFERENCE_ID
-    assert journalled_keys(folder) == set(KEYS[:4]) and recorded_identity(folder) == IDENTITY
+    assert journalled_keys(folder) == set(KEYS[:4]) and recorded_identity(folder, ReferenceIdentity) == IDENTITY
     with Journal(folder) as journal:
         assert [row for table in journal.tables() for row in table.to_pylist()] == expected(ROWS[:4])
     compact_journal(folder, {KEYS[2]})

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from cache import Journal, open_reference, publish_reference
+from cache import Journal, ReferenceIdentity, open_reference, publish_reference
 from cache.identity import IDENTITY, record_identity, recorded_identity
 from pipeline import supervision, weights
 from pipeline.params import ScoreParams
@@ -175,7 +175,9 @@ def test_score_names_the_reference_of_its_journal(project, monkeypatch):
     monkeypatch.setenv("REFCACHE_HOME", str(project.home))
     options = {"model": project.model, "out": project.out, "metrics": project.metrics, "pairs": project.pairs}
     score_responses(params=ScoreParams(drift_sample=2), trainer_dtype="float32", **options)
-    assert recorded_identity(project.home / "journal" / project.identity.reference_id) == project.identity
+    assert recorded_identity(project.home / "journal" / project.identity.reference_id, ReferenceIdentity) == (
+        project.identity
+    )
 
 
 def test_a_wrong_request_exits_2(project, tmp_path):
