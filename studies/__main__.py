@@ -58,5 +58,18 @@ def toy(file: Path, page: Path, figure: Path) -> None:
     click.echo(f"{len(runs)} x {params.seeds} networks in {perf_counter() - started:.0f} s: {page}, {figure}")
 
 
+@main.command()
+@study_options
+def misspecification(file: Path, page: Path, figure: Path) -> None:
+    """A contextual bandit whose policy can't represent the reward: DPO, AuxDPO, and sketched constraints."""
+    from studies.misspecification import MisspecificationParams, run
+    from studies.misspecification_page import write
+
+    started = perf_counter()
+    params = load_section(file, "misspecification", MisspecificationParams)
+    write(params, run(params), page, figure)
+    click.echo(f"{params.worlds} worlds in {perf_counter() - started:.0f} s: {page}, {figure}")
+
+
 if __name__ == "__main__":
     main()
