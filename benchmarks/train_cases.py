@@ -16,7 +16,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from score_throughput import MODEL, PRESET, first_lines, stage  # noqa: E402
+from score_throughput import MODEL, PRESET, first_lines, prepare_and_make_model, stage  # noqa: E402
 
 from pipeline.batches import batch_indices  # noqa: E402
 from pipeline.pair_batches import PairBatches  # noqa: E402
@@ -79,11 +79,8 @@ def prepare(
     params["prepare"] |= {"input": str(folder / "input"), "files": {"pairs": ["pairs.jsonl"], "test_pairs": []}}
     params["prepare"] |= {"max_tokens": 1024, "max_prompt_tokens": 512, "long_prompts": "truncate_left"}
     params["prepare"] |= {"test_share": 0.0}
-    params["sft"] |= {"epochs": 1e-6}  # one step: speed does not depend on what the weights say
     params["score"] |= {"dtype": dtype}
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    stage(folder, "prepare", sft="sft.parquet", tokenizer="tokenizer", pairs="pairs", summary="summary.json")
-    stage(folder, "sft", sft="sft.parquet", tokenizer="tokenizer", out="model", history="h.tsv", metrics="m.json")
+    prepare_and_make_model(folder, params)
     case = Case(name, dtype, vocabulary, folder, batch_size, steps, tokens_per_batch, batch_order)
     examples = len(PairBatches(folder / "pairs", "padded"))
     params["train"] |= {
