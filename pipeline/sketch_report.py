@@ -104,20 +104,14 @@ def _read(sketches: Sketches, chosen: KeySet) -> _Rows:
             gram += part @ part.T
             energy[group] += np.square(part).sum(axis=1)
             advance(1)
-    norms = np.zeros(n)
-    for positions, table in sketches.matching(chosen, ["grad_norm"]):
-        norms[positions] = table["grad_norm"].to_numpy()
-    return _Rows(gram, _numbers(sketches, chosen, AUDIT, slice(None)), energy, norms)
+    norms = [table["grad_norm"].to_numpy() for _, table in sketches.matching(chosen, ["grad_norm"])]
+    return _Rows(gram, _numbers(sketches, chosen, AUDIT, slice(None)), energy, np.concatenate(norms).astype(np.float64))
 
 
 def _numbers(sketches: Sketches, chosen: KeySet, group: str, numbers: slice) -> Array:
-    """(n, numbers) of the group, in the order of the keys."""
-    found = [
-        (positions, group_values(table, group)[:, numbers].astype(np.float64))
-        for positions, table in sketches.matching(chosen, [group, scale_column(group)])
-    ]
-    order = np.concatenate([positions for positions, _ in found])
-    return np.concatenate([values for _, values in found])[np.argsort(order)]
+    """(n, numbers) of the group, in the order of the keys, as they are stored."""
+    tables = (table for _, table in sketches.matching(chosen, [group, scale_column(group)]))
+    return np.concatenate([group_values(table, group)[:, numbers].astype(np.float64) for table in tables])
 
 
 def effective_numbers(identity: SketchIdentity, energy: dict[str, Array]) -> float:
