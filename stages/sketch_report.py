@@ -29,7 +29,7 @@ def command(path: Path, null_weights: tuple[float, ...], ridge: float, rows: int
     """Report on the sketches in folder PATH: spectrum, effective dimension, errors, and how large they should be.
 
     Measured errors compare with what is exact or independent: the norms stored with each row, and the audit sketch.
-    Memory is 32 bytes times the square of --rows, and 128 MiB.
+    Memory is 32 bytes times the square of --rows, and 128 MiB (exact gradients: up to 1 GB).
 
     \b
     Example:

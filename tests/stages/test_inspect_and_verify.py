@@ -88,7 +88,7 @@ def test_a_damaged_manifest_exits_1(folder, command):
     assert result.exit_code == 1
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "why-miss", "gc"])
+@pytest.mark.parametrize("command", ["inspect", "sketch-report", "verify", "why-miss", "gc"])
 def test_help_shows_an_example(command):
     help_text = run(command, "--help").output
     assert f"Example:\n    refcache {command}" in help_text
