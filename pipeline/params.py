@@ -236,9 +236,10 @@ class ScoreParams(Section):
 
 
 class SketchParams(Section):
-    """Gradient sketches of the training responses (docs/sketches.md); batch_tokens and checkpointing change no number.
+    """Gradient sketches of the training responses (docs/sketches.md).
 
-    k, audit: numbers per parameter group, and of the independent audit sketch.
+    ranks, batch_tokens, activation_checkpointing: change no number. k, audit: numbers per parameter group, and of the
+    independent audit sketch.
     """
 
     mode: Literal["none", "tensorsketch", "exact"] = "none"
@@ -246,6 +247,7 @@ class SketchParams(Section):
     audit: Annotated[int, Field(ge=2)] = 256
     seed: NonNegative = 0  # of the hashes
     dtype: Dtype = "float32"
+    ranks: Positive = 1  # processes on this machine: GPUs, or CPU processes
     batch_tokens: Positive = 4096  # of prompts and responses, padding included, in one backward
     activation_checkpointing: bool = False
 

@@ -95,14 +95,14 @@ class Sketcher:
 
 
 def load_sketcher(
-    folder: Path, params: SketchParams, trainable: Trainable, *, trust_remote_code: bool = False
+    folder: Path, params: SketchParams, trainable: Trainable, *, trust_remote_code: bool = False, rank: int = 0
 ) -> Sketcher:
-    """A Sketcher of the transformers model in `folder`, on the GPU where there is one."""
+    """A Sketcher of the transformers model in `folder`, on GPU number `rank` where there are any."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, params.dtype), trust_remote_code=trust_remote_code

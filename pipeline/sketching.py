@@ -19,9 +19,11 @@ from pipeline.prepared_data import scan_responses
 from pipeline.progress import activity, progress_bar
 from pipeline.publication import publish_needed, sound_reference
 from pipeline.scoring_plan import ROW_COLUMNS, check_rows, model_limits, row_tokens
+from pipeline.sketch_ranks import RankJob, Sequences, sketch_on_ranks
 from pipeline.workspace import sketch_journal_folder
 
 if TYPE_CHECKING:
+    from pipeline.sketch_collection import Sketched
     from pipeline.sketcher import Sketcher
 
 
@@ -84,23 +86,40 @@ def sketch_responses(
         if published:
             absent -= published.key_set()
         missing = responses.filter(locate(responses["response_key"], absent.array) >= 0)
-        work = _sketch_missing(missing, sketcher, journal, params.batch_tokens) if len(missing) else _Work()
+        job = RankJob(model, params, trainable, trust_remote_code)
+        work = _sketch_missing(missing, sketcher, journal, job) if len(missing) else _Work()
         publish_needed(out, needed, [journal, *([published] if published else [])], identity)
     return _write(metrics, _summary(out, identity, responses, work))
 
 
-def _sketch_missing(missing: pl.DataFrame, sketcher: "Sketcher", journal: Journal, batch_tokens: int) -> _Work:
+def _sketch_missing(missing: pl.DataFrame, sketcher: "Sketcher", journal: Journal, job: RankJob) -> _Work:
     began = time.perf_counter()
     work = _Work(len(missing), row_tokens(missing))
-    with sketcher, progress_bar("sketch", work.rows, tokens=work.tokens) as advance:
-        for batch in length_batches(missing, batch_tokens):
-            sketched = sketcher(list(batch.select("prompt_ids", "response_ids").iter_rows()))
+    batches = (
+        (batch, list(batch.select("prompt_ids", "response_ids").iter_rows()))
+        for batch in length_batches(missing, job.params.batch_tokens)
+    )
+    with progress_bar("sketch", work.rows, tokens=work.tokens) as advance:
+        for batch, sketched in _sketched(batches, sketcher, job):
             values = {group: numbers.numpy() for group, numbers in sketched.values.items()}
             values[AUDIT] = sketched.audit.numpy()
             journal.append(sketches_table(batch["response_key"].to_list(), sketched.grad_norm.numpy(), values))
             advance(len(batch), row_tokens(batch))
     work.seconds = time.perf_counter() - began
     return work
+
+
+def _sketched(
+    batches: Iterator[tuple[pl.DataFrame, Sequences]], sketcher: "Sketcher", job: RankJob
+) -> Iterator[tuple[pl.DataFrame, "Sketched"]]:
+    """Every batch with its sketches: here, or on as many processes as sketch.ranks says."""
+    if job.params.ranks == 1:
+        with sketcher:
+            for batch, sequences in batches:
+                yield batch, sketcher(sequences)
+        return
+    sketcher.model.to("meta")  # it has served the identity, and would take the memory of a rank
+    yield from sketch_on_ranks(job, batches)
 
 
 def length_batches(rows: pl.DataFrame, batch_tokens: int) -> Iterator[pl.DataFrame]:

@@ -1,6 +1,7 @@
 """The `sketch` stage: incremental, resumable, and nothing at all where no sketches are asked for."""
 
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import pytest
 
 from cache import CacheMismatch, Journal, open_sketches, verify
 from pipeline import sketching
-from pipeline.errors import RequestError
+from pipeline.errors import RequestError, RunFailed
 from pipeline.params import SketchParams
 from pipeline.prepared_data import RESPONSES_SCHEMA, read_responses, write_table
+from pipeline.sketch_ranks import RankJob, sketch_on_ranks
 from pipeline.sketcher import load_sketcher
 from pipeline.sketching import length_batches, sketch_responses
 from tests.tiny import write_model, write_pairs
@@ -190,3 +192,48 @@ def test_pairs_without_training_responses_are_refused(project):
     keep(project, read_responses(project / "pairs").filter(pl.col("split") == "test"))
     with pytest.raises(RequestError, match="no training responses"):
         run(project, pairs="pairs-less")
+
+
+# ranks ----------------------------------------------------------------------------------------------------------------
+
+
+def read_all(folder):
+    sketches = open_sketches(folder, expect=None)
+    keys, values = zip(*sketches.batches([*sketches.identity.widths, "audit"]), strict=True)
+    return np.concatenate(keys), {g: np.concatenate([batch[g] for batch in values]) for g in values[0]}
+
+
+def test_two_ranks_sketch_the_same_and_one_that_is_killed_is_named(project, monkeypatch):
+    """The batches are those of one rank, and what came in before the kill is journalled."""
+    run(project)
+    keys, values = read_all(project / "sketches")
+    for name in ("sketches", "metrics.json"):
+        (project / name).rename(project / f"one-{name}")
+    shutil.rmtree(project.parent / "home")
+    two = PARAMS.model_copy(update={"ranks": 2})
+    plain, appended = Journal.append, []
+
+    def then_killed(journal, rows):
+        plain(journal, rows)
+        appended.extend(rows["response_key"].to_pylist())
+        if len(appended) == len(rows):
+            for child in multiprocessing.active_children():
+                child.kill()
+
+    with monkeypatch.context() as patch, pytest.raises(RunFailed, match=r"Rank \d \(process \d+\) ended with code -9"):
+        patch.setattr(Journal, "append", then_killed)
+        run(project, two)
+    assert not multiprocessing.active_children() and 0 < len(appended) < 36
+    summary = run(project, two)
+    assert summary["rows_reused"] == len(appended) and summary["rows_sketched"] == 36 - len(appended)
+    found_keys, found = read_all(project / "sketches")
+    assert (found_keys == keys).all()
+    for group, wanted in values.items():
+        np.testing.assert_allclose(found[group], wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_what_a_rank_refuses_is_the_stages_refusal(project):
+    job = RankJob(project / "absent", PARAMS, "last_block", False)
+    with pytest.raises(RequestError, match="can't be loaded as a transformers model"):
+        list(sketch_on_ranks(job, [("batch", [([1, 2], [3])])]))
+    assert not multiprocessing.active_children()
