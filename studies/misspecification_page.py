@@ -74,9 +74,9 @@ DATA = """
 
 {prompts} prompts of {responses} responses each, of which {drawn} are drawn from the reference as data; {parameters}
 parameters; the rewards have a part in the class as well, {signal:g} times the size of the other. Pairs are those among
-the drawn responses; gains are over all responses, at β = {beta:g}. Offsets that are the same for all responses of a prompt change
-no margin. Summed over all that the reference says, they cancel in Σ w δ g; over a sample they don't, and with more
-prompts than parameters they make up for anything: the constraint then says nothing.
+the drawn responses; gains are over all responses, at β = {beta:g}. Offsets that are the same for all responses of a
+prompt change no margin. Summed over all that the reference says, they cancel in Σ w δ g; over a sample they don't, and
+with more prompts than parameters they make up for anything: the constraint then says nothing.
 """
 
 WHY = """
