@@ -55,9 +55,9 @@ def hold_with_a_surviving_child(folder: Path, ready: Connection, stop: Connectio
     """Hold the journal and fork a worker, as an engine does; the worker outlives its parent."""
     with Journal(folder):
         if os.fork() == 0:
+            ready.send(os.getpid())  # not before it has run: until then it shares the lock
             stop.poll(60)
             os._exit(0)
-        ready.send(os.getpid())
         os._exit(KILLED)
 
 
