@@ -1,0 +1,321 @@
+"""AuxDPO's offsets as they train: gradients, the optimiser, ranks, what is saved and told; closed forms, no policy."""
+
+import threading
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from torch.nn.functional import softplus
+
+from cache import open_sketches, publish_reference
+from cache.key_set import key_array
+from pipeline.errors import RunFailed
+from pipeline.nullspace import Projection, SketchedGradients, load_gradients
+from pipeline.objective_params import AuxDPO
+from pipeline.offset_sketches import open_offsets, share_of
+from pipeline.offsets import Offsets, response_weights, summarise_shares
+from pipeline.pair_logps import PairLogps
+from tests.cache.test_sketches import IDENTITY, keys, make_rows
+from tests.pipeline.test_nullspace import draw, weighted
+
+M, PAIRS, WIDTH = 10, 8, 6
+# Response 0 is in three pairs, 9 in none of its own but as a loser twice.
+SIDES = torch.tensor([[0, 1], [0, 2], [0, 3], [4, 5], [6, 9], [7, 9], [8, 2], [5, 6]])
+MARGINS = draw(PAIRS, seed=11)
+EVERYTHING = np.arange(PAIRS)
+
+
+def params(**fields) -> AuxDPO:
+    return AuxDPO(objective="auxdpo", **fields)
+
+
+def sketched(scale: float = 1.0) -> SketchedGradients:
+    return SketchedGradients(scale * draw(M, WIDTH), draw(M, 5, seed=1), torch.bincount(SIDES.flatten(), minlength=M))
+
+
+def make(gradients=None, *, rows=slice(0, M), sum_over_ranks=lambda x: x, projection=None, **fields) -> Offsets:
+    gradients = gradients or sketched()
+    share = SketchedGradients(
+        gradients.sketches[rows], gradients.audit[rows], torch.ones(len(gradients.sketches[rows]))
+    )
+    return Offsets(
+        key_array(keys(0, M)),
+        SIDES,
+        share,
+        rows,
+        params(**fields),
+        sum_over_ranks=sum_over_ranks,
+        projection=projection,
+    )
+
+
+def logps(pairs: np.ndarray = EVERYTHING, beta: float = 0.1) -> PairLogps:
+    """Whose policy margin is MARGINS."""
+    policy = (MARGINS[pairs] / beta - 5).requires_grad_()
+    others = torch.full((3, len(pairs)), -5.0)
+    return PairLogps(policy, *others, *torch.ones(2, len(pairs)))
+
+
+def data_loss(delta: torch.Tensor, pairs: np.ndarray = EVERYTHING) -> torch.Tensor:
+    sides = SIDES[pairs]
+    return softplus(-(MARGINS[pairs].to(delta.dtype) + delta[sides[:, 0]] - delta[sides[:, 1]])).mean()
+
+
+def advance(offsets: Offsets, batch: np.ndarray, factor: float = 1.0, micros: int = 1) -> dict[str, float]:
+    for micro in np.array_split(batch, micros):
+        offsets.losses(logps(micro), micro, batch)
+    return offsets.step(batch, factor)
+
+
+def total_gradient(offsets: Offsets, batch: np.ndarray, micros: int = 1) -> torch.Tensor:
+    advance(offsets, batch, micros=micros)
+    return offsets.values.grad
+
+
+# gradients ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["responses", "sides"])
+@pytest.mark.parametrize("batch", [EVERYTHING, np.array([1, 4, 5, 6])])
+def test_a_steps_gradient_is_that_of_the_batchs_loss_the_whole_penalty_and_the_ridge(weights, batch):
+    offsets = make(weights=weights, null_weight=3.0, ridge=0.5)
+    offsets.values.copy_(draw(M, seed=4))
+    delta = offsets.values.double().requires_grad_()
+    counts = torch.bincount(SIDES.flatten(), minlength=M).double()
+    w = counts / counts.sum() if weights == "sides" else torch.full((M,), 1 / M, dtype=torch.float64)
+    penalty = ((w * delta) @ sketched().sketches.double()).square().sum()
+    (data_loss(delta, batch) + 3 * penalty + 0.5 * (w * delta.square()).sum()).backward()
+    torch.testing.assert_close(total_gradient(offsets, batch, micros=3).double(), delta.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_the_batch_constraint_is_the_papers_penalty_of_the_batch_alone():
+    batch = np.array([0, 1, 3])
+    offsets = make(weights="sides", constraint="batch", null_weight=2.0)
+    offsets.values.copy_(draw(M, seed=4))
+    rows = SIDES[batch].flatten()
+    delta = offsets.values.clone().requires_grad_()
+    penalty = sketched().batch_penalty(rows, delta[rows])
+    (data_loss(delta, batch) + 2 * penalty).backward()
+    row = advance(offsets, batch)
+    torch.testing.assert_close(offsets.values.grad, delta.grad, rtol=1e-5, atol=1e-7)
+    assert row["offsets/batch_penalty"] == pytest.approx(penalty.item(), rel=1e-5)
+
+
+def test_the_losses_are_dpos_at_the_shifted_margin_with_gradient_for_the_policy_alone():
+    offsets = make()
+    offsets.values.copy_(draw(M, seed=4))
+    pair = logps()
+    losses, sums = offsets.losses(pair, EVERYTHING, EVERYTHING)
+    torch.testing.assert_close(losses.mean(), data_loss(offsets.values))
+    (found,) = torch.autograd.grad(losses.sum(), pair.chosen)
+    shifts = offsets.values[SIDES[:, 0]] - offsets.values[SIDES[:, 1]]
+    torch.testing.assert_close(found, -0.1 * torch.sigmoid(-(MARGINS + shifts)))
+    row = summarise_shares({name: value.item() / PAIRS for name, value in sums.items()})
+    assert row == {
+        "offsets/margins": pytest.approx(shifts.mean().item(), rel=1e-5),
+        "offsets/share": pytest.approx((shifts.abs().sum() / (shifts.abs() + MARGINS.abs()).sum()).item(), rel=1e-5),
+    }
+
+
+def test_zero_offsets_explain_nothing():
+    _, sums = make().losses(logps()._replace(chosen=torch.full((PAIRS,), -5.0)), EVERYTHING, EVERYTHING)
+    assert summarise_shares({name: value.item() for name, value in sums.items()})["offsets/share"] == 0
+
+
+# the optimiser --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["responses", "sides"])
+def test_trained_offsets_reach_the_minimum_of_their_objective(weights):
+    steps, w = 600, response_weights(SIDES, M, params(weights=weights)).double()
+    offsets = make(weights=weights, null_weight=5.0, ridge=0.3, offset_learning_rate=0.05)
+    for step in range(steps):
+        advance(offsets, EVERYTHING, factor=1 - step / steps)
+    delta = torch.zeros(M, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([delta], max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        penalty = ((w * delta) @ sketched().sketches.double()).square().sum()
+        loss = data_loss(delta) + 5 * penalty + 0.3 * (w * delta.square()).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    assert delta.detach().abs().max() > 0.3  # else zero would do
+    torch.testing.assert_close(offsets.values.double(), delta.detach(), rtol=0, atol=2e-3)
+
+
+def test_projected_offsets_stay_in_the_null_space_and_reach_the_minimum_there():
+    steps, projection = 600, Projection(sketched(), 4)
+    offsets = make(constraint="projection", ridge=0.3, offset_learning_rate=0.05, projection=projection)
+    for step in range(steps):
+        row = advance(offsets, EVERYTHING, factor=1 - step / steps)
+        assert (projection.basis.T @ offsets.values).abs().max() < 1e-5
+    assert "offsets/penalty" not in row
+    delta = offsets.values.double().requires_grad_()
+    (data_loss(delta) + 0.3 * delta.square().mean()).backward()
+    assert projection(delta.grad).abs().max() < 2e-4 and delta.grad.abs().max() > 1e-2
+
+
+def test_the_schedule_scales_the_step():
+    full, half = make(), make()
+    advance(full, EVERYTHING), advance(half, EVERYTHING, factor=0.5)
+    torch.testing.assert_close(half.values, 0.5 * full.values)
+
+
+def test_offsets_that_are_no_longer_finite_stop_the_run():
+    with pytest.raises(RunFailed, match="Lower offset_learning_rate or null_weight"):
+        advance(make(sketched(1e25), null_weight=1e30, offset_learning_rate=1e20), EVERYTHING)
+        offsets = make(sketched(1e25), null_weight=1e30)
+        offsets.values.fill_(1.0)
+        advance(offsets, EVERYTHING)
+
+
+# ranks ----------------------------------------------------------------------------------------------------------------
+
+
+class Threads:
+    """Ranks as threads that meet in sum_over_ranks."""
+
+    def __init__(self, ranks: int) -> None:
+        self.barrier, self.parts = threading.Barrier(ranks), [torch.empty(0)] * ranks
+
+    def adder(self, rank: int):
+        def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+            self.parts[rank] = values.clone()
+            self.barrier.wait()
+            total = sum(self.parts[1:], self.parts[0].clone())
+            self.barrier.wait()
+            return values.copy_(total)
+
+        return sum_over_ranks
+
+    def run(self, work) -> list:
+        results: list = [None] * len(self.parts)
+
+        def of_rank(rank: int) -> None:
+            results[rank] = work(rank)
+
+        threads = [threading.Thread(target=of_rank, args=(rank,)) for rank in range(len(results))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+@pytest.mark.parametrize("constraint", ["penalty", "projection", "batch"])
+def test_any_number_of_ranks_makes_the_same_steps_and_tells_the_same(constraint):
+    batches = [np.array([0, 3, 5, 6]), np.array([1, 2, 4, 7]), np.array([0, 1, 6, 7])]
+    fields = {"constraint": constraint, "null_weight": 10.0, "offset_learning_rate": 0.05}
+
+    def train(rank: int, ranks: int, sum_over_ranks):
+        projection = Projection(sketched(), 4) if constraint == "projection" else None
+        rows = share_of(rank, ranks, M)
+        offsets = make(rows=rows, sum_over_ranks=sum_over_ranks, projection=projection, **fields)
+        told = []
+        for batch in batches:
+            mine = np.array_split(batch, ranks)[rank]
+            offsets.losses(logps(mine), mine, batch)
+            told.append(offsets.step(batch, 1.0))
+        return offsets.values, told, offsets.summary()
+
+    values, told, summary = train(0, 1, lambda x: x)
+    for ranks in (2, 3):
+        threads = Threads(ranks)
+        found = threads.run(lambda rank, ranks=ranks, threads=threads: train(rank, ranks, threads.adder(rank)))
+        assert all(torch.equal(one[0], found[0][0]) and one[1:] == found[0][1:] for one in found)
+        torch.testing.assert_close(found[0][0], values, rtol=1e-4, atol=1e-6)
+        for ours, theirs in zip([*found[0][1], found[0][2]], [*told, summary], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 16])
+def test_shares_are_all_responses_once(ranks):
+    rows = [share_of(rank, ranks, 10) for rank in range(ranks)]
+    assert [n for part in rows for n in range(10)[part]] == list(range(10))
+
+
+class OneOf:
+    device = torch.device("cpu")
+
+    def __init__(self, rank: int, ranks: int, sum_over_ranks) -> None:
+        self.rank, self.ranks, self.sum_over_ranks = rank, ranks, sum_over_ranks
+
+
+def test_published_sketches_reach_the_offsets_of_their_responses(tmp_path, monkeypatch):
+    monkeypatch.setenv("REFCACHE_HOME", str(tmp_path / "home"))
+    publish_reference(tmp_path / "sketches", make_rows(0, 40), IDENTITY)
+    chosen, rejected = [keys(n, n + 1)[0] for n in (30, 7, 7, 3)], [keys(n, n + 1)[0] for n in (2, 11, 30, 12)]
+    pairs = pl.DataFrame({"chosen_key": chosen, "rejected_key": rejected})
+    distinct = sorted({*chosen, *rejected})
+    whole = load_gradients(
+        open_sketches(tmp_path / "sketches", expect=None), distinct, torch.ones(len(distinct)), tmp_path / "all"
+    )
+    threads = Threads(2)
+    found = threads.run(
+        lambda rank: open_offsets(
+            tmp_path / "sketches",
+            pairs,
+            params(constraint="projection", rank=3),
+            OneOf(rank, 2, threads.adder(rank)),
+        )
+    )
+    delta = draw(len(distinct), seed=5)
+    wanted = Projection(whole, 3)(delta)
+    for offsets in found:
+        offsets.values.copy_(delta)
+        assert offsets.of(np.array([1]))[0] == delta[distinct.index(chosen[1])]
+        assert offsets.of(np.array([2]))[1] == delta[distinct.index(rejected[2])]
+        torch.testing.assert_close(offsets._projection(delta), wanted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[0]._projection.basis, found[1]._projection.basis)
+    penalties = threads.run(lambda rank: found[rank].summary()["penalty"])
+    assert penalties == [pytest.approx(whole.penalty(delta).item(), rel=1e-5)] * 2
+    assert not list((tmp_path / "home/tmp").iterdir())  # nothing is left in the scratch folder
+
+
+# what is kept and told ------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_makes_the_same_steps_bit_by_bit(tmp_path):
+    whole, first, resumed = (make(null_weight=10.0, offset_learning_rate=0.05) for _ in range(3))
+    batches = [np.array([0, 3, 5, 6]), np.array([1, 2, 4, 7]), np.array([0, 1, 6, 7]), np.array([2, 3, 4, 5])]
+    rows = [advance(whole, batch, factor=0.9) for batch in batches]
+    for batch in batches[:2]:
+        advance(first, batch, factor=0.9)
+    assert first.save(tmp_path).parent == tmp_path
+    resumed.load(tmp_path)
+    assert [advance(resumed, batch, factor=0.9) for batch in batches[2:]] == rows[2:]
+    assert torch.equal(resumed.values, whole.values)
+
+
+def test_the_table_has_every_response_with_its_offset(tmp_path):
+    offsets = make()
+    advance(offsets, EVERYTHING)
+    offsets.export(tmp_path)
+    table = pl.read_parquet(tmp_path / "offsets.parquet")
+    assert table["response_key"].to_list() == list(keys(0, M))
+    assert table["offset"].dtype == pl.Float32 and table["offset"].to_list() == offsets.values.tolist()
+
+
+def test_the_summary_is_what_the_constraint_says_of_the_final_offsets():
+    offsets, gradients = make(weights="sides"), sketched()
+    offsets.values.copy_(draw(M, seed=4))
+    told = offsets.summary()
+    assert told["penalty"] == pytest.approx(gradients.penalty(offsets.values).item(), rel=1e-5)
+    assert told["penalty_audit"] == pytest.approx(gradients.audit_penalty(offsets.values), rel=1e-5)
+    columns = weighted(gradients) * offsets.values
+    assert told["null_ratio"] == pytest.approx((told["penalty"] / columns.square().sum()).item(), rel=1e-5)
+    assert (told["p00"], told["p50"]) == pytest.approx(tuple(np.quantile(offsets.values, [0, 0.5])), rel=1e-6)
+    assert told["norm"] == pytest.approx(offsets.values.norm().item(), rel=1e-6)
+
+
+def test_the_null_ratio_is_one_for_orthogonal_gradients_and_zero_in_the_null_space():
+    orthogonal = make(SketchedGradients(torch.eye(M), torch.eye(M), torch.ones(M)))
+    orthogonal.values.copy_(draw(M, seed=4))
+    assert orthogonal.summary()["null_ratio"] == pytest.approx(1, rel=1e-5)
+    alike = make(SketchedGradients(torch.ones(M, 1), torch.ones(M, 1), torch.ones(M)))
+    alike.values.copy_(torch.tensor([1.0, -1.0] * (M // 2)))
+    assert alike.summary()["null_ratio"] == pytest.approx(0, abs=1e-10)
