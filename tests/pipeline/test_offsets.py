@@ -166,10 +166,9 @@ def test_the_schedule_scales_the_step():
 
 
 def test_offsets_that_are_no_longer_finite_stop_the_run():
+    offsets = make(sketched(1e25), null_weight=1e30)
+    offsets.values.fill_(1.0)
     with pytest.raises(RunFailed, match="Lower offset_learning_rate or null_weight"):
-        advance(make(sketched(1e25), null_weight=1e30, offset_learning_rate=1e20), EVERYTHING)
-        offsets = make(sketched(1e25), null_weight=1e30)
-        offsets.values.fill_(1.0)
         advance(offsets, EVERYTHING)
 
 
