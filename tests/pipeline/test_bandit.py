@@ -118,12 +118,12 @@ def test_offsets_trained_beside_the_policy_bring_it_to_the_optimum(constraint, c
     sides = torch.tensor([side for i, j in PAIRS for side in ((i, j), (j, i))])
     shares = torch.sigmoid(REWARDS[sides[:, 0]] - REWARDS[sides[:, 1]])
     shares *= torch.tensor(counts).repeat_interleave(2) / sum(counts)
-    params = AuxDPO(objective="auxdpo", constraint=constraint, null_weight=300.0, offset_learning_rate=0.1)
+    params = AuxDPO(objective="auxdpo", constraint=constraint, null_weight=300.0, offset_learning_rate=0.05)
     projection = Projection(gradients(), 1) if constraint == "projection" else None
     responses = (key_array(keys(0, 3)), sides, gradients(), slice(0, 3))
     offsets = Offsets(*responses, params, sum_over_ranks=lambda values: values, projection=projection)
     reference, every = log_policy(ZERO)[sides], np.arange(6)
-    t, steps = ZERO.clone().requires_grad_(), 300
+    t, steps = ZERO.clone().requires_grad_(), 600
     optimizer = torch.optim.Adam([t])
     for step in range(steps):
         delta = offsets.of(every).double().requires_grad_()
@@ -132,7 +132,7 @@ def test_offsets_trained_beside_the_policy_bring_it_to_the_optimum(constraint, c
             PairLogps(*logps, *torch.ones(2, 6)), beta=BETA, chosen_offset=delta[0], rejected_offset=delta[1]
         )
         t.grad, of_offsets = torch.autograd.grad((shares * losses).sum(), [t, delta])
-        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
         optimizer.step()
         offsets.add(every, of_offsets)
         offsets.step(every, 1 - step / steps)
