@@ -68,14 +68,17 @@ class PreferenceTask:
         tokens = tokens.to(engine.device)
         sums = sequence_sums(engine(*tokens), tokens.rows, int(places.max()) + 1)
         pair = self._pair_logps(sums.index_select(0, torch.from_numpy(places).to(sums.device)), micro)
-        if self.offsets is None:
-            losses, explained = self.objective(pair, **self.hyperparameters), {}
-        else:
-            losses, explained = self.offsets.losses(pair, micro, batch)
-        sums = self._sums(pair, losses.detach()) | explained
+        losses, explained = self._losses(pair, micro, batch)
+        found = self._sums(pair, losses.detach()) | explained
         if engine.updates == 0:
-            sums |= self.start.observe(pair, micro)
-        return losses.sum() / len(batch), sums
+            found |= self.start.observe(pair, micro)
+        return losses.sum() / len(batch), found
+
+    def _losses(self, pair: PairLogps, micro: np.ndarray, batch: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of each pair, (B,), and sums that only this objective has."""
+        if self.offsets is not None:
+            return self.offsets.losses(pair, micro, batch)
+        return self.objective(pair, **self.hyperparameters), {}
 
     def _pair_logps(self, policy: Tensor, micro: np.ndarray) -> PairLogps:
         chosen, rejected = policy.chunk(2)

@@ -163,19 +163,30 @@ def _step_row(
     sums, losses = _one_step(engine, task, loop, batch)
     row = {"step": step + 1, "epoch": (step + 1) * loop.batch_size / len(task.lengths)}
     row |= task.summarise(sums, batch)
-    row |= {
-        "grad_norm": engine.grad_norm(),
-        "lr": learning_rate,
-        "tokens_per_second": float(task.lengths[batch].sum()) / (time.perf_counter() - started),
-    }
-    if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-        suspects = np.concatenate(engine.gather(_not_finite(losses)))
-        raise RunFailed(
-            f"loss {row['loss']}, gradient norm {row['grad_norm']} at step {step + 1}, training on "
-            f"{_listed(task.names(suspects if len(suspects) else batch))}. "
-            f"{_newest(checkpoints)} Look at these examples, or lower the learning rate and run again."
-        )
-    return row if companion is None else row | companion.step(batch, learning_rate / loop.learning_rate)
+    row |= {"grad_norm": engine.grad_norm(), "lr": learning_rate}
+    _require_finite(engine, task, row, losses, batch, checkpoints)
+    if companion:
+        row |= companion.step(batch, learning_rate / loop.learning_rate)
+    return row | {"tokens_per_second": float(task.lengths[batch].sum()) / (time.perf_counter() - started)}
+
+
+def _require_finite(
+    engine: Engine,
+    task: Task,
+    row: Mapping[str, float],
+    losses: Sequence[tuple[np.ndarray, Tensor]],
+    batch: np.ndarray,
+    checkpoints: Path,
+) -> None:
+    """RunFailed naming the examples at fault, unless the step's loss and gradient are finite. losses: of this rank."""
+    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+        return
+    suspects = np.concatenate(engine.gather(_not_finite(losses)))
+    raise RunFailed(
+        f"loss {row['loss']}, gradient norm {row['grad_norm']} at step {row['step']}, training on "
+        f"{_listed(task.names(suspects if len(suspects) else batch))}. "
+        f"{_newest(checkpoints)} Look at these examples, or lower the learning rate and run again."
+    )
 
 
 def _one_step(
