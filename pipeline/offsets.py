@@ -140,7 +140,7 @@ class Offsets:
     def summary(self) -> dict[str, float]:
         """What the offsets are at the end. Collective.
 
-        penalty: ||sum_j w_j delta_j S g_j||^2, by the sketch they were fitted to; penalty_audit: by the other one,
+        margins: mean delta_w - delta_l over the training pairs. penalty: ||sum_j w_j delta_j S g_j||^2, by the sketch they were fitted to; penalty_audit: by the other one,
         which is honest. null_ratio: penalty over what it would be if all gradients were orthogonal; 0 in the null
         space, about 1 for offsets that know nothing of gradients.
         """
@@ -155,6 +155,7 @@ class Offsets:
         values = self.values.double().cpu().numpy()
         return {
             "responses": len(values),
+            "margins": float(np.mean(values[self.sides.cpu().numpy()] @ (1.0, -1.0))),
             "norm": float(np.linalg.norm(values)),
             "rms": float(np.sqrt(np.mean(values**2))),
             **{f"p{q:02d}": float(np.quantile(values, q / 100)) for q in QUANTILES},

@@ -308,6 +308,8 @@ def test_the_summary_is_what_the_constraint_says_of_the_final_offsets():
     columns = weighted(gradients) * offsets.values
     assert told["null_ratio"] == pytest.approx((told["penalty"] / columns.square().sum()).item(), rel=1e-5)
     assert (told["p00"], told["p50"]) == pytest.approx(tuple(np.quantile(offsets.values, [0, 0.5])), rel=1e-6)
+    differences = offsets.values[SIDES[:, 0]] - offsets.values[SIDES[:, 1]]
+    assert told["margins"] == pytest.approx(differences.mean().item(), rel=1e-5)
     assert told["norm"] == pytest.approx(offsets.values.norm().item(), rel=1e-6)
 
 
