@@ -140,9 +140,9 @@ class Offsets:
     def summary(self) -> dict[str, float]:
         """What the offsets are at the end. Collective.
 
-        margins: mean delta_w - delta_l over the training pairs. penalty: ||sum_j w_j delta_j S g_j||^2, by the sketch they were fitted to; penalty_audit: by the other one,
-        which is honest. null_ratio: penalty over what it would be if all gradients were orthogonal; 0 in the null
-        space, about 1 for offsets that know nothing of gradients.
+        margins: mean delta_w - delta_l over the training pairs. penalty: ||sum_j w_j delta_j S g_j||^2, by the sketch
+        they were fitted to; penalty_audit: by the other one, which is honest. null_ratio: penalty over what it would be
+        if all gradients were orthogonal; 0 in the null space, about 1 for offsets that know nothing of gradients.
         """
         weighted = (self.weights * self.values)[self._rows]
         sketched, audited = self._share.combine(weighted), weighted @ self._share.audit
