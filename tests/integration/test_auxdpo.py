@@ -77,8 +77,9 @@ def test_a_heavier_penalty_keeps_the_offsets_nearer_to_the_null_space(nursery, a
     variants = {"auxdpo": TRAIN["variants"]["auxdpo"] | {"null_weight": 1e-6}}
     free = nursery.train(sketched, tmp_path, **AUXDPO, variants=variants).summary["offsets"]
     told = alone.summary["offsets"]
-    for name in ("penalty", "penalty_audit", "null_ratio"):
-        assert told[name] < 0.5 * free[name], name
+    for name in ("penalty", "penalty_audit"):
+        assert told[name] < 0.2 * free[name], name
+    assert told["null_ratio"] < free["null_ratio"] and told["margins"] < 0.5 * free["margins"]
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
