@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.parquet as pq
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -105,13 +106,19 @@ def prepare(folder: Path, name: str, lines: list[str], dtype: str) -> Case:
     params["prepare"] |= {"input": str(folder / "input"), "files": {"pairs": ["pairs.jsonl"], "test_pairs": []}}
     params["prepare"] |= {"max_tokens": 1024, "max_prompt_tokens": 512, "long_prompts": "truncate_left"}
     params["prepare"] |= {"test_share": 0.0}
-    params["sft"] |= {"epochs": 1e-6}  # one step: speed does not depend on what the weights say
     params["score"] |= {"dtype": dtype}
     params["train"] |= {"dtype": dtype}
+    prepare_and_make_model(folder, params)
+    return Case(name, dtype, folder, *count_tokens(folder / "pairs"))
+
+
+def prepare_and_make_model(folder: Path, params: dict[str, Any]) -> None:
+    """Writes params.yaml; the model is one step from random: speed does not depend on what the weights say."""
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     stage(folder, "prepare", sft="sft.parquet", tokenizer="tokenizer", pairs="pairs", summary="summary.json")
+    params["sft"]["epochs"] = 1.01 * params["sft"]["batch_size"] / pq.read_metadata(folder / "sft.parquet").num_rows
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
     stage(folder, "sft", sft="sft.parquet", tokenizer="tokenizer", out="model", history="h.tsv", metrics="m.json")
-    return Case(name, dtype, folder, *count_tokens(folder / "pairs"))
 
 
 def count_tokens(pairs: Path) -> tuple[int, dict[str, int]]:

@@ -28,7 +28,6 @@ import pyarrow.parquet as pq  # noqa: E402
 from cache import (  # noqa: E402
     LOGPS_SCHEMA,
     Journal,
-    KeySet,
     Reference,
     ReferenceIdentity,
     join_sum_logps,
@@ -111,10 +110,9 @@ def write(place: Place) -> dict[str, float]:
 
 def publish(place: Place) -> dict[str, float]:
     """From the journal, every row; with reading the wanted keys and opening (checking) the journal."""
-    keys = KeySet(pa.chunked_array([c for batch in key_batches(place.pairs, PAIR_COLUMNS) for c in batch.columns]))
-    assert len(keys) == place.n_rows
+    keys = key_batches(place.pairs, PAIR_COLUMNS)
     with Journal(place.journal) as journal:
-        publish_rows(place.logps, keys, [journal], IDENTITY, scratch=place.scratch)
+        assert publish_rows(place.logps, keys, [journal], IDENTITY, scratch=place.scratch).n_rows == place.n_rows
     return {}
 
 

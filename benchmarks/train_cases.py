@@ -16,7 +16,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from score_throughput import MODEL, PRESET, first_lines, stage  # noqa: E402
+from score_throughput import MODEL, PRESET, first_lines, prepare_and_make_model, stage  # noqa: E402
 
 from pipeline.batches import batch_indices  # noqa: E402
 from pipeline.pair_batches import PairBatches  # noqa: E402
@@ -25,6 +25,7 @@ from pipeline.pair_batches import PairBatches  # noqa: E402
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30), "OMP_WAIT_POLICY": "PASSIVE"}
 LAYOUTS = ("shared_prompts", "packed", "padded")
 PEERS = ("online", "precompute")
+LEARNING_RATE = 1e-5
 
 
 class Case(NamedTuple):
@@ -38,6 +39,7 @@ class Case(NamedTuple):
     steps: int
     tokens_per_batch: int
     batch_order: str
+    score_wall: float  # seconds of `refcache score`, start-up included
 
     @property
     def title(self) -> str:
@@ -69,22 +71,19 @@ def prepare(
     steps: int,
     tokens_per_batch: int,
     batch_order: str = "examples",
+    model: dict[str, Any] = MODEL,
 ) -> Case:
     """The model has `vocabulary` embeddings; its tokenizer has the first 8,192 of them at most."""
     (folder / "input").mkdir(parents=True)
     lines = first_lines(data, count, by_problem=name == "gsm8k")
     (folder / "input/pairs.jsonl").write_text("\n".join(lines) + "\n")
     params = yaml.safe_load(PRESET.read_text())
-    params["model"]["scratch"] |= {"vocabulary_size": 8192, "config": MODEL | {"vocab_size": vocabulary}}
+    params["model"]["scratch"] |= {"vocabulary_size": 8192, "config": model | {"vocab_size": vocabulary}}
     params["prepare"] |= {"input": str(folder / "input"), "files": {"pairs": ["pairs.jsonl"], "test_pairs": []}}
     params["prepare"] |= {"max_tokens": 1024, "max_prompt_tokens": 512, "long_prompts": "truncate_left"}
     params["prepare"] |= {"test_share": 0.0}
-    params["sft"] |= {"epochs": 1e-6}  # one step: speed does not depend on what the weights say
     params["score"] |= {"dtype": dtype}
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    stage(folder, "prepare", sft="sft.parquet", tokenizer="tokenizer", pairs="pairs", summary="summary.json")
-    stage(folder, "sft", sft="sft.parquet", tokenizer="tokenizer", out="model", history="h.tsv", metrics="m.json")
-    case = Case(name, dtype, vocabulary, folder, batch_size, steps, tokens_per_batch, batch_order)
+    prepare_and_make_model(folder, params)
     examples = len(PairBatches(folder / "pairs", "padded"))
     params["train"] |= {
         "dtype": dtype,
@@ -92,7 +91,7 @@ def prepare(
         "micro_batch_size": min(2, batch_size),
         "tokens_per_batch": tokens_per_batch,
         "batch_order": batch_order,
-        "learning_rate": 1e-5,
+        "learning_rate": LEARNING_RATE,
         "schedule": "constant",
         "warmup_share": 0.0,
         "epochs": steps * batch_size / examples,
@@ -101,11 +100,11 @@ def prepare(
     }
     params["sweep"] |= {"variants": ["dpo"]}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
-    stage(folder, "score", pairs="pairs", model="model", out="logps", metrics="score.json")
-    return case
+    score_wall = stage(folder, "score", pairs="pairs", model="model", out="logps", metrics="score.json")
+    return Case(name, dtype, vocabulary, folder, batch_size, steps, tokens_per_batch, batch_order, score_wall)
 
 
-def run_ours(case: Case, layout: str, *, memory: bool = False) -> dict[str, Any]:
+def run_ours(case: Case, layout: str, *, learning_rate: float = LEARNING_RATE, memory: bool = False) -> dict[str, Any]:
     run = case.folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     paths = {"pairs": "pairs", "model": "model", "reference": "logps", "out": "run/policy"}
@@ -113,6 +112,7 @@ def run_ours(case: Case, layout: str, *, memory: bool = False) -> dict[str, Any]
     words = [word for name, path in paths.items() for word in (f"--{name}", path)]
     command = [sys.executable, "-m", "stages", "train", "--variant", "dpo", "--seed", "0", *words]
     command += ["--set", f"train.layout={layout}"]
+    command += ["--set", f"train.learning_rate={learning_rate:.6e}"]  # YAML wants the point
     if layout == "padded":  # as it was before the other layouts: micro-batches of pairs
         command += ["--set", "train.tokens_per_batch=null"]
     wall, peak = _watched(command, case.folder, {"REFCACHE_HOME": str(run / "home")}, memory=memory)
@@ -127,18 +127,19 @@ def run_ours(case: Case, layout: str, *, memory: bool = False) -> dict[str, Any]
     }
 
 
-def run_peer(case: Case, method: str, micro_batch_sizes: list[int], *, memory: bool = False) -> dict[str, Any]:
+def run_peer(
+    case: Case,
+    method: str,
+    micro_batch_sizes: list[int],
+    *,
+    learning_rate: float = LEARNING_RATE,
+    memory: bool = False,
+) -> dict[str, Any]:
     out = case.folder / f"{method}.json"
     command = [sys.executable, str(ROOT / "benchmarks/train_peers.py"), method, "--pairs", "pairs", "--model", "model"]
     command += ["--dtype", case.dtype, "--batch-size", str(case.batch_size), "--steps", str(case.steps)]
-    command += [
-        "--batch-order",
-        case.batch_order,
-        "--out",
-        str(out),
-        "--micro-batch-sizes",
-        *map(str, micro_batch_sizes),
-    ]
+    command += ["--batch-order", case.batch_order, "--out", str(out), "--learning-rate", str(learning_rate)]
+    command += ["--micro-batch-sizes", *map(str, micro_batch_sizes)]
     wall, peak = _watched(command, case.folder, {"OMP_NUM_THREADS": str(os.cpu_count())}, memory=memory)
     return json.loads(out.read_text()) | {"wall": wall, "peak": peak}
 

@@ -25,7 +25,7 @@ from cache.lock import holder_of
 from cache.manifest import EXCHANGE, MANIFEST, SHARD_NAME, Manifest, Shard, file_digest, make_manifest, manifest_bytes
 from cache.schema import KEY_COLUMN, Kind, conform
 from cache.shards import partition_bits, partitions, write_shard
-from cache.spill import PartitionRows, spill_folder
+from cache.spill import PartitionRows, spill_folder, stored_key_set
 
 
 def publish_reference(folder: Path, rows: pa.Table, identity: Identity) -> Manifest:
@@ -48,15 +48,22 @@ class RowSource(Protocol):
 
 
 def publish_rows(
-    folder: Path, keys: KeySet, sources: Sequence[RowSource], identity: Identity, *, scratch: Path
+    folder: Path,
+    keys: KeySet | Iterable[pa.RecordBatch],
+    sources: Sequence[RowSource],
+    identity: Identity,
+    *,
+    scratch: Path,
 ) -> Manifest:
     """Make `folder` a reference cache of exactly the rows of `keys`, each from the first of `sources` that has it.
 
-    As `publish_reference`, with one partition in memory at a time (up to SHARD_ROWS rows) and 16 bytes a key; rows of
-    journals wait in temporary files in `scratch`. Raises CacheIncomplete where no source has a row.
+    As `publish_reference`, with one partition in memory at a time (up to SHARD_ROWS rows); rows of journals wait in
+    temporary files in `scratch`. keys: a set takes 16 bytes a key of memory; batches, all of whose columns are keys
+    (`key_batches`), wait in temporary files too. Raises CacheIncomplete where no source has a row.
     """
     with _publishing(folder), spill_folder(scratch) as spill:
-        parts = _gather(keys, sources, spill, identity.kind)
+        wanted = keys if isinstance(keys, KeySet) else stored_key_set(keys, spill)
+        parts = _gather(wanted, sources, spill, identity.kind)
         return publish_partitions(folder, parts, kind=identity.kind, identity=identity.to_dict())
 
 

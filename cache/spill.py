@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache.key_set import KeySet, key_array
+from cache.key_set import KEY, KeySet, key_array
+from cache.keys import KEY_BYTES
 from cache.schema import KEY_COLUMN
 from cache.shards import partitions_of
 
@@ -121,3 +122,25 @@ class Spill:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.arrows"
+
+
+KEY_BITS = 8  # buckets in which keys are sorted: at a thousand million of them, 63 MB at once
+
+
+def stored_key_set(batches: Iterable[pa.RecordBatch], folder: Path) -> KeySet:
+    """The keys in all columns of `batches`, as a mapped file in `folder`: its pages are not the process's own memory.
+
+    Raises OSError where the system refuses to write, ValueError for a null key.
+    """
+    spill = Spill(folder, KEY_BITS)
+    for batch in batches:
+        for column in batch.columns:
+            spill.add(pa.table({KEY_COLUMN: pa.chunked_array([column.cast(pa.binary(KEY_BYTES))])}))
+    path = folder / "keys"
+    with open(path, "wb") as file:
+        for number in range(1 << KEY_BITS):
+            found = [key_array(rows[KEY_COLUMN]) for rows in spill.take(number)]
+            file.write(KeySet(np.concatenate([key_array(()), *found])).array.tobytes())
+        if not file.tell():
+            return KeySet()  # nothing can be mapped
+    return KeySet.from_sorted(np.asarray(np.memmap(path, KEY, mode="r")))

@@ -1,11 +1,12 @@
 """The ranks' side of supervised fine-tuning: data, model and loss for pipeline/training.py."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
 
-from pipeline.deepspeed_engine import Engine
+from pipeline.deepspeed_engine import Engine, divided_from_the_start
 from pipeline.launch import Job
 from pipeline.layout import choose_layout
 from pipeline.logps import ResponseLogps, collate, pack
@@ -48,7 +49,11 @@ class SftTask:
 def start(job: Job, loop: LoopParams) -> tuple[Engine, SftTask, nn.Module]:
     """Engine, task and model of one rank."""
     tokenizer = load_tokenizer(Path(job.paths["tokenizer"]))
-    model = initial_model(ModelParams.model_validate(job.settings["model"]), tokenizer)
+    params = ModelParams.model_validate(job.settings["model"])
+    # An adapter is merged into whole weights, and random ones are drawn in the same order whatever the ranks.
+    whole = params.adapter is not None or params.scratch is not None
+    with nullcontext() if whole else divided_from_the_start(loop, micro_steps=micro_steps_for(loop)):
+        model = initial_model(params, tokenizer)
     if loop.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     layout = choose_layout(model, loop.layout, best="packed")

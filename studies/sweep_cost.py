@@ -70,31 +70,40 @@ def run_stage(words: list[str], home: Path) -> Cost:
 
 
 def online_reference(params: "Params", pairs: Path, model: Path, seed: int) -> Cost:
-    """Wall and CPU seconds of forwarding the reference on every batch of the cell, as a cacheless trainer does."""
-    import numpy as np
+    """Wall and CPU seconds of forwarding the reference on every batch of the cell, in the trainer's own layout."""
     import torch
 
-    from cache import locate
     from pipeline.batches import batch_indices, micro_batches, steps_for
-    from pipeline.logps import ResponseLogps, collate
-    from pipeline.prepared_data import PAIR_SIDES, read_pairs, read_responses
+    from pipeline.layout import choose_layout
+    from pipeline.logps import ResponseLogps
+    from pipeline.pair_batches import PairBatches
+    from pipeline.training import ordered_groups
     from studies.policies import load_model
 
-    table, responses = read_pairs(pairs, "train"), read_responses(pairs)
-    sides = np.stack([locate(table[side], responses["response_key"]) for side in PAIR_SIDES], axis=1)
-    prompts = [ids.to_numpy() for ids in responses["prompt_ids"]]
-    answers = [ids.to_numpy() for ids in responses["response_ids"]]
-    lengths = np.array([len(p) + len(a) for p, a in zip(prompts, answers, strict=True)])[sides].sum(axis=1)
-    loop = params.train
-    loaded = load_model(model)
+    loop, loaded = params.train, load_model(model)
+    table = PairBatches(pairs, choose_layout(loaded, loop.layout, best="shared_prompts"))
     forward = ResponseLogps(loaded, loop.logps_chunk_tokens)
     started, cpu = time.perf_counter(), time.process_time()
     with torch.inference_mode():
         for step in range(steps_for(loop.epochs, len(table), loop.batch_size)):
-            batch = batch_indices(step, seed=seed, n_examples=len(table), batch_size=loop.batch_size)
-            for micro in micro_batches(batch, lengths, rank=0, ranks=1, micro_batch_size=loop.micro_batch_size):
-                rows = sides[micro].T.ravel()
-                forward(*collate([(prompts[row], answers[row]) for row in rows]).to(loaded.device)).sum().item()
+            batch = batch_indices(
+                step,
+                seed=seed,
+                n_examples=len(table),
+                batch_size=loop.batch_size,
+                groups=ordered_groups(table.groups, loop),
+            )
+            for micro in micro_batches(
+                batch,
+                table.groups,
+                table.tokens,
+                rank=0,
+                ranks=1,
+                micro_batch_size=loop.micro_batch_size,
+                tokens_per_batch=loop.tokens_per_batch,
+            ):
+                tokens, _ = table.batch(micro)
+                forward(*tokens.to(loaded.device)).sum().item()
     return {"wall": time.perf_counter() - started, "cpu": time.process_time() - cpu}
 
 

@@ -99,6 +99,28 @@ def test_the_first_source_wins_and_of_a_journal_the_first_row(tmp_path, small):
     assert found == table_publication(tmp_path / "table", pa.concat_tables(parts))
 
 
+@given(st.data())
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_keys_in_batches_of_pairs_are_as_good_as_a_set(tmp_path, small, data):
+    """A pair's response may be in other pairs too, and most keys wait on disk."""
+    n_rows = data.draw(st.integers(0, 60), label="rows")
+    rows = make_rows(0, n_rows)
+    row = st.integers(0, n_rows - 1)
+    pairs = data.draw(st.lists(st.tuples(row, row), max_size=40), label="pairs") if n_rows else []
+    for folder in tmp_path.iterdir():
+        shutil.rmtree(folder)
+    journal_of(tmp_path / "journal", rows)
+    keys = keys_of(rows)
+    columns = [pa.array([keys[pair[side]] for pair in pairs], pa.binary()) for side in (0, 1)]
+    batches = pa.record_batch(columns, ["chosen_key", "rejected_key"])
+    with Journal(tmp_path / "journal") as journal:
+        batched = [batches.slice(start, 7) for start in range(0, len(pairs), 7)]
+        publish_rows(tmp_path / "out", batched, [journal], identity(), scratch=tmp_path / "scratch")
+    used = rows.take(pa.array(sorted({index for pair in pairs for index in pair}), pa.int64()))
+    assert contents(tmp_path / "out") == table_publication(tmp_path / "table", used)
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
 def test_a_row_that_no_source_has_is_named_and_nothing_changes(tmp_path, small):
     before = table_publication(tmp_path / "out", make_rows(0, 30))
     journal_of(tmp_path / "journal", make_rows(0, 40))

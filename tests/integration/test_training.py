@@ -225,6 +225,20 @@ def test_sft_learns_from_scratch_and_reports_the_gradient_norm(nursery, tmp_path
     assert all(row["grad_norm"] > 0 for row in history)
 
 
+def test_sft_of_a_given_model_divided_under_zero_three_is_that_of_one_rank(nursery, tmp_path):
+    rows, model = write_sft(tmp_path / "sft.parquet", 24), write_model(tmp_path / "model")
+    paths = {"sft": rows, "tokenizer": write_tokenizer(tmp_path / "tokenizer")}
+    for name, ranks in (("one", {}), ("two", {"ranks": 2, "zero_stage": 3})):
+        own = {"out": tmp_path / name, "history": tmp_path / f"{name}.tsv", "metrics": tmp_path / f"{name}.json"}
+        params = {"epochs": 2.0, "batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3} | ranks
+        nursery.sft(tmp_path, paths=paths | own, params=params, model={"name": str(model)})
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    before = load_file(model / "model.safetensors")
+    for name, expected in one.items():
+        assert (before[name] != expected).any()
+        torch.testing.assert_close(two[name], expected, atol=1e-4, rtol=1e-3)
+
+
 def test_fifty_steps_have_the_losses_of_trls_dpo_on_the_same_batches(nursery, tmp_path):
     pytest.importorskip("trl")
     pairs, model = write_pairs(tmp_path / "pairs", 12, test_share=0.0), write_model(tmp_path / "model")

@@ -137,7 +137,8 @@ class Nursery:
     def sft(self, out: Path, *, paths: dict[str, Path], params: dict[str, Any], model: dict[str, Any]) -> None:
         words = {name: str(path) for name, path in paths.items()}
         arguments = {"paths": words, "params": params, "model": model}
-        order = {"stage": "sft", "arguments": arguments, "ranks": 1, "moments": (), "by": "torch", "nan_pair": None}
+        ranks = params.get("ranks", 1)
+        order = {"stage": "sft", "arguments": arguments, "ranks": ranks, "moments": (), "by": "torch", "nan_pair": None}
         self._run(order, out, out / "work")
 
     def _run(self, order: dict[str, Any], out: Path, home: Path) -> Finished:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipeline.prepared_data import read_responses
-from studies import divergence, pair_logps
+from pipeline.logps import ResponseLogps
+from pipeline.prepared_data import read_pairs, read_responses
+from stages.params_file import load_params
+from studies import divergence, pair_logps, sweep_cost
 from studies.divergence import Prompts, answer_divergences, draw_answers, pad_left
 from studies.pair_logps import response_sums
 from studies.policies import load_model
@@ -60,6 +62,20 @@ def test_every_policy_is_measured_on_every_pair_against_the_reference_cache(mode
     assert found.group_by("variant", "split").len().sort("variant", "split")["len"].to_list() == [2, 3, 2, 3]
     assert found.filter(pl.col("variant") == "dpo")["kl"].abs().max() < 1e-6
     assert found.filter(pl.col("variant") == "bpo")["kl"].min() > 1e-3
+
+
+def test_the_reference_is_forwarded_on_every_batch_of_a_cell_with_prompts_shared(models, tmp_path, monkeypatch):
+    """Two epochs in batches of all pairs: every prompt and response twice, whatever the order."""
+    pairs = write_pairs(tmp_path, 6, test_share=0.0)
+    responses = read_responses(pairs)
+    tables = (responses.unique("prompt_key")["prompt_ids"], responses["response_ids"])
+    distinct = sum(int(ids.list.len().sum()) for ids in tables)
+    seen, forward = [], ResponseLogps.forward
+    monkeypatch.setattr(ResponseLogps, "forward", lambda *given: seen.append(given[1].numel()) or forward(*given))
+    whole = {"train.epochs": 2.0, "train.batch_size": len(read_pairs(pairs)), "train.tokens_per_batch": 100_000}
+    params = load_params(PARAMS, [f"{name}={value}" for name, value in whole.items()])
+    cost = sweep_cost.online_reference(params, pairs, models[0], 0)
+    assert seen == [distinct, distinct] and cost["wall"] > 0
 
 
 def invoke(command, *words) -> None:
