@@ -305,6 +305,7 @@ class AuxDPO(_Scaled):
     ridge: NonNegative = 0.0
     rank: Annotated[int, Field(ge=1)] = 256  # read for constraint: projection
     weights: Literal["responses", "sides"] = "responses"  # of the null space: a response once, or once a pair side
+    centred: bool = True  # offsets enter the constraint less their prompt's mean, which no margin sees
     offset_learning_rate: Annotated[float, AfterValidator(Interval(0, INFINITY))] = 0.02
 
     @property

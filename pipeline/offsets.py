@@ -34,14 +34,16 @@ QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)  # per cent
 class Offsets:
     """delta of m responses in reward units, zero at first, and the constraint that keeps A delta small.
 
-    keys: (m,), the responses. sides: (pairs, 2), which of them are chosen and rejected in each training pair. share,
-    rows: the sketches that this rank holds, and of which responses they are; the ranks' shares together are all m.
+    keys: (m,), the responses; prompts: (m,), the number of each one's prompt. sides: (pairs, 2), which of them are
+    chosen and rejected in each training pair. share, rows: the sketches that this rank holds, and of which responses
+    they are; the ranks' shares together are all m.
     sum_over_ranks: adds a tensor over all ranks, in place, and returns it. projection: for constraint "projection".
     """
 
     def __init__(
         self,
         keys: KeyArray,
+        prompts: Tensor,
         sides: Tensor,
         share: SketchedGradients,
         rows: slice,
@@ -53,7 +55,7 @@ class Offsets:
         assert (projection is not None) == (params.constraint == "projection")
         self.keys, self.params = keys, params
         self.device = share.device
-        self.sides = sides.to(self.device)
+        self.prompts, self.sides = prompts.to(self.device), sides.to(self.device)
         self.weights = response_weights(sides, len(keys), params).to(self.device)
         self.values = torch.zeros(len(keys), device=self.device)
         self._share, self._rows, self._projection = share, rows, projection
@@ -98,12 +100,11 @@ class Offsets:
         """
         params, row = self.params, {"offsets/rms": float(self.values.square().mean().sqrt())}
         if params.constraint == "penalty":
-            row["offsets/penalty"] = self._descend(self._share, self._mine, self.weights)
+            row["offsets/penalty"] = self._add_penalty(self._share, self._mine, self.weights)
         elif params.constraint == "batch":
             touched, coefficients = self._of_batch(batch)
-            row["offsets/batch_penalty"] = self._descend(
-                self._share.select(touched - self._rows.start), touched, coefficients
-            )
+            share = self._share.select(touched - self._rows.start)
+            row["offsets/batch_penalty"] = self._add_penalty(share, touched, coefficients)
         gradient = self._sum_over_ranks(self._gradient).float() + 2 * params.ridge * self.weights * self.values
         self.values.grad = gradient if self._projection is None else self._projection(gradient)
         self._adam.param_groups[0]["lr"] = factor * params.offset_learning_rate
@@ -117,15 +118,28 @@ class Offsets:
             )
         return row
 
-    def _descend(self, share: SketchedGradients, responses: Tensor, coefficients: Tensor) -> float:
-        """Add the gradient of null_weight * ||sum_j c_j delta_j S g_j||^2 over all ranks; returns the norm's square.
+    def _add_penalty(self, share: SketchedGradients, responses: Tensor, coefficients: Tensor) -> float:
+        """Add this rank's part of the gradient of null_weight * ||sum_j c_j delta_j S g_j||^2; returns the square.
 
-        responses: those of `share`, (n,). coefficients: c of all responses, (m,).
+        delta is centred if that is wanted. responses: those of `share`, (n,). coefficients: c of all responses, (m,).
         """
         mine = coefficients[responses]
-        total = self._sum_over_ranks(share.combine(mine * self.values[responses]))
-        self._gradient[responses] += (2 * self.params.null_weight * mine * share.products(total)).double()
+        total = self._sum_over_ranks(share.combine(mine * self._centred(coefficients)[responses]))
+        gradient = torch.zeros_like(self._gradient)
+        gradient[responses] = (2 * self.params.null_weight * mine * share.products(total)).double()
+        if self.params.centred:
+            sums = torch.zeros_like(gradient).index_add_(0, self.prompts, gradient)
+            gradient -= prompt_shares(coefficients, self.prompts) * sums[self.prompts]
+        self._gradient += gradient
         return float(total.square().sum())
+
+    def _centred(self, coefficients: Tensor) -> Tensor:
+        """The offsets less their prompt's mean, weighted by `coefficients`, (m,)."""
+        if not self.params.centred:
+            return self.values
+        weighted = prompt_shares(coefficients, self.prompts) * self.values
+        means = torch.zeros_like(self.values).index_add_(0, self.prompts, weighted)
+        return self.values - means[self.prompts]
 
     def _of_batch(self, batch: np.ndarray) -> tuple[Tensor, Tensor]:
         """The batch's responses that this rank has sketches of; and c: the weights as if there were only this batch."""
@@ -140,11 +154,12 @@ class Offsets:
     def summary(self) -> dict[str, float]:
         """What the offsets are at the end. Collective.
 
-        margins: mean delta_w - delta_l over the training pairs. penalty: ||sum_j w_j delta_j S g_j||^2, by the sketch
-        they were fitted to; penalty_audit: by the other one, which is honest. null_ratio: penalty over what it would be
-        if all gradients were orthogonal; 0 in the null space, about 1 for offsets that know nothing of gradients.
+        margins: mean delta_w - delta_l over the training pairs. penalty: ||sum_j w_j delta_j S g_j||^2 by the sketch
+        they were fitted to, centred if that is wanted; penalty_audit: by the other one, which is honest. null_ratio:
+        penalty over what it would be if all gradients were orthogonal; 0 in the null space, about 1 for offsets that
+        know nothing of gradients.
         """
-        weighted = (self.weights * self.values)[self._rows]
+        weighted = (self.weights * self._centred(self.weights))[self._rows]
         sketched, audited = self._share.combine(weighted), weighted @ self._share.audit
         apart = sum(
             ((weighted[rows, None] * part).double().square().sum() for rows, part in self._share.chunks()),
@@ -193,3 +208,9 @@ def response_weights(sides: Tensor, responses: int, params: AuxDPO) -> Tensor:
     if params.weights == "responses":
         counts = counts.clamp(max=1)
     return (counts.double() / counts.sum()).float()
+
+
+def prompt_shares(weights: Tensor, prompts: Tensor) -> Tensor:
+    """Each weight over the sum of its prompt's, (m,); 0 where that is 0. prompts: (m,), numbers below m."""
+    sums = torch.zeros_like(weights).index_add_(0, prompts, weights)[prompts]
+    return torch.where(sums > 0, weights / sums, 0)

@@ -130,7 +130,7 @@ def start(job: Job, loop: LoopParams) -> tuple[Engine, PreferenceTask, nn.Module
         require_adapter(Path(job.paths["sketches"]), model)
     engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
     if offset_params:
-        task.offsets = open_offsets(Path(job.paths["sketches"]), task.pairs.keys, offset_params, engine)
+        task.offsets = open_offsets(Path(job.paths["sketches"]), task.pairs.keys, task.groups, offset_params, engine)
     return engine, task, model
 
 

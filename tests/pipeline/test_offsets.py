@@ -13,7 +13,7 @@ from cache.key_set import key_array
 from pipeline.errors import RunFailed
 from pipeline.nullspace import Projection, SketchedGradients, load_gradients
 from pipeline.objective_params import AuxDPO
-from pipeline.offset_sketches import open_offsets, share_of
+from pipeline.offset_sketches import centre, open_offsets, share_of
 from pipeline.offsets import Offsets, response_weights, summarise_shares
 from pipeline.pair_logps import PairLogps
 from tests.cache.test_sketches import IDENTITY, keys, make_rows
@@ -21,13 +21,15 @@ from tests.pipeline.test_nullspace import draw, weighted
 
 M, PAIRS, WIDTH = 10, 8, 6
 # Response 0 is in three pairs, 9 in none of its own but as a loser twice.
-SIDES = torch.tensor([[0, 1], [0, 2], [0, 3], [4, 5], [6, 9], [7, 9], [8, 2], [5, 6]])
+SIDES = torch.tensor([[0, 1], [0, 2], [0, 3], [4, 5], [6, 9], [7, 9], [8, 2], [5, 6]])  # pairs of one prompt
+PROMPTS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 0, 1])
 MARGINS = draw(PAIRS, seed=11)
 EVERYTHING = np.arange(PAIRS)
 
 
 def params(**fields) -> AuxDPO:
-    return AuxDPO(objective="auxdpo", **fields)
+    """Not centred unless asked for."""
+    return AuxDPO(objective="auxdpo", **{"centred": False} | fields)
 
 
 def sketched(scale: float = 1.0) -> SketchedGradients:
@@ -41,6 +43,7 @@ def make(gradients=None, *, rows=slice(0, M), sum_over_ranks=lambda x: x, projec
     )
     return Offsets(
         key_array(keys(0, M)),
+        PROMPTS,
         SIDES,
         share,
         rows,
@@ -87,6 +90,52 @@ def test_a_steps_gradient_is_that_of_the_batchs_loss_the_whole_penalty_and_the_r
     penalty = ((w * delta) @ sketched().sketches.double()).square().sum()
     (data_loss(delta, batch) + 3 * penalty + 0.5 * (w * delta.square()).sum()).backward()
     torch.testing.assert_close(total_gradient(offsets, batch, micros=3).double(), delta.grad, rtol=1e-5, atol=1e-7)
+
+
+def centred(delta: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Prompt by prompt, the slow way."""
+    found = delta.clone()
+    for prompt in PROMPTS.unique():
+        own = prompt == PROMPTS
+        if w[own].sum() > 0:
+            found[own] = delta[own] - (w[own] * delta[own]).sum() / w[own].sum()
+    return found
+
+
+@pytest.mark.parametrize("constraint", ["penalty", "batch"])
+@pytest.mark.parametrize("weights", ["responses", "sides"])
+def test_centred_offsets_enter_the_constraint_less_their_prompts_mean(weights, constraint):
+    batch = np.array([0, 1, 4, 6])
+    fields = {"weights": weights, "constraint": constraint, "null_weight": 3.0, "centred": True}
+    offsets = make(**fields)
+    offsets.values.copy_(draw(M, seed=4))
+    delta = offsets.values.double().requires_grad_()
+    sides = SIDES if constraint == "penalty" else SIDES[batch]
+    w = response_weights(sides, M, params(**fields)).double()
+    penalty = ((w * centred(delta, w)) @ sketched().sketches.double()).square().sum()
+    (data_loss(delta, batch) + 3 * penalty).backward()
+    row = advance(offsets, batch, micros=2)
+    torch.testing.assert_close(offsets.values.grad.double(), delta.grad, rtol=1e-5, atol=1e-7)
+    assert row.popitem()[1] == pytest.approx(penalty.item(), rel=1e-5)
+
+
+def test_what_all_responses_of_a_prompt_have_in_common_is_no_business_of_the_centred_constraint():
+    offsets, shifted = make(centred=True), make(centred=True)
+    offsets.values.copy_(draw(M, seed=4))
+    shifted.values.copy_(offsets.values + torch.tensor([10.0, -7.0])[PROMPTS])
+    for name in ("penalty", "penalty_audit", "null_ratio"):
+        assert shifted.summary()[name] == pytest.approx(offsets.summary()[name], rel=1e-3), name
+    assert make().summary()["penalty"] == 0
+
+
+@pytest.mark.parametrize("weights", [torch.ones(M), torch.bincount(SIDES.flatten(), minlength=M)])
+def test_centring_sketches_is_centring_offsets(weights):
+    plain, gradients = sketched(), sketched()
+    plain.weights = gradients.weights = weights / weights.sum()
+    centre(gradients, PROMPTS)
+    delta = draw(M, seed=4)
+    wanted = plain.penalty(centred(delta, plain.weights)).item()
+    assert gradients.penalty(delta).item() == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_batch_constraint_is_the_papers_penalty_of_the_batch_alone():
@@ -208,7 +257,7 @@ class Threads:
 @pytest.mark.parametrize("constraint", ["penalty", "projection", "batch"])
 def test_any_number_of_ranks_makes_the_same_steps_and_tells_the_same(constraint):
     batches = [np.array([0, 3, 5, 6]), np.array([1, 2, 4, 7]), np.array([0, 1, 6, 7])]
-    fields = {"constraint": constraint, "null_weight": 10.0, "offset_learning_rate": 0.05}
+    fields = {"constraint": constraint, "null_weight": 10.0, "offset_learning_rate": 0.05, "centred": True}
 
     def train(rank: int, ranks: int, sum_over_ranks):
         projection = Projection(sketched(), 4) if constraint == "projection" else None
@@ -258,6 +307,7 @@ def test_published_sketches_reach_the_offsets_of_their_responses(tmp_path, monke
         lambda rank: open_offsets(
             tmp_path / "sketches",
             pairs,
+            np.array([9, 4, 4, 9]),
             params(constraint="projection", rank=3),
             OneOf(rank, 2, threads.adder(rank)),
         )
