@@ -57,10 +57,8 @@ def train_policy(
     inputs = [pairs / "pairs.parquet", pairs / "responses.parquet", reference / "manifest.json"]
     if isinstance(objective, AuxDPO):
         digests = {"weights": cached.identity.weights, "config": cached.identity.config}
-        fitting = open_fitting(sketches, **digests, trainable=trainable)
-        require_responses(fitting, _sides(pairs, "train"), objective)
-        paths["sketches"] = fitting.path
-        inputs.append(fitting.path / "manifest.json")
+        paths["sketches"] = _fitting_sketches(sketches, pairs, objective, trainable=trainable, **digests)
+        inputs.append(paths["sketches"] / "manifest.json")
     job = Job(
         kind="preferences",
         title=f"{variant}-{seed}",
@@ -89,6 +87,13 @@ def train_policy(
     evaluations = history.with_name(EVALUATIONS)
     publish(work, out=out, history=history, evaluations=evaluations, metrics=metrics, summary=summary)
     return summary
+
+
+def _fitting_sketches(sketches: Path | None, pairs: Path, objective: AuxDPO, **model: Any) -> Path:
+    """The folder, if it holds what AuxDPO needs; raises as open_fitting and require_responses."""
+    found = open_fitting(sketches, **model)
+    require_responses(found, _sides(pairs, "train"), objective)
+    return found.path
 
 
 def _task_settings(settings: TrainParams, objective: AnyVariant, trainable: Trainable) -> dict[str, Any]:
