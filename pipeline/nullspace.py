@@ -12,7 +12,7 @@ Notation: m distinct responses; K numbers per sketch, all groups together.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from cache import CacheIncomplete, Keys, KeySet, Sketches, key_bytes, locate
 from cache.key_set import key_array
 from cache.sketches import AUDIT
-from pipeline.errors import RequestError
+from pipeline.constraint import require_rank
 from pipeline.logps import ResponseLogps, Tokens, collate
 
 CHUNK_BYTES = 256 << 20  # of sketches in memory, or on the device, at a time
@@ -75,7 +75,14 @@ class SketchedGradients:
 
     def products(self, vectors: Tensor) -> Tensor:
         """<S g_j, vector> for every j; (K,) or (K, q) to (m,) or (m, q)."""
-        return torch.cat([part @ vectors for _, part in self.chunks()])
+        nothing = torch.zeros(0, *vectors.shape[1:], device=self.device)
+        return torch.cat([nothing, *(part @ vectors for _, part in self.chunks())])
+
+    def select(self, rows: Tensor) -> "SketchedGradients":
+        """Those of some responses alone, as if there were no others; rows: (n,)."""
+        rows = rows.cpu()
+        audit = self.audit[rows.to(self.audit.device)]
+        return SketchedGradients(self.sketches[rows], audit, torch.ones(len(rows)), self.device)
 
     def chunks(self) -> Any:
         """(slice of rows, their sketches on the device), in order."""
@@ -112,7 +119,8 @@ def load_gradients(
         raise CacheIncomplete(
             f"{sketches.path} holds no sketches (sketch.mode none). Set it and run `dvc repro sketch`."
         )
-    mapped = np.memmap(file, np.float32, "w+", shape=(len(asked), width))
+    shape = (len(asked), width)
+    mapped = np.memmap(file, np.float32, "w+", shape=shape) if len(asked) else np.zeros(shape, np.float32)
     audit = np.zeros((len(asked), sketches.identity.audit or 0), np.float32)
     seen = np.zeros(len(asked), np.bool_)
     for found, values in sketches.batches([*groups, AUDIT]):
@@ -130,22 +138,22 @@ def load_gradients(
 class Projection:
     """Offsets made orthogonal to the leading right singular vectors of the weighted S A.
 
-    basis: (m, r) with orthonormal columns; singular_values: (r,), descending. r may be smaller than the rank asked for:
-    directions that the sketch does not see need no constraint.
+    basis: (m, r) with orthonormal columns. r may be smaller than the rank asked for: directions that the sketch does
+    not see need no constraint.
     """
 
     def __init__(self, gradients: SketchedGradients, rank: int) -> None:
-        """Raises RequestError for a rank that leaves no offset but zero, or that the sketch can't have."""
+        """singular_values: (r,), descending. Raises RequestError as `require_rank`."""
         m, width = gradients.sketches.shape
-        if rank >= m:
-            raise RequestError(
-                f"projection on the complement of {rank} singular vectors leaves no offset but zero, since there are "
-                f"only {m} responses: a sketch with as many numbers as responses pins every one of them. Set the rank "
-                f"well below {m} (and, to be accurate, some 4 to 16 times below the {width} numbers of a sketch)."
-            )
-        if not 1 <= rank <= width:
-            raise RequestError(f"projection: the rank must lie in 1..{width}, the numbers of a sketch, found {rank}")
+        require_rank(rank, responses=m, width=width)
         self.basis, self.singular_values = _leading(gradients, rank)
+
+    @classmethod
+    def onto_complement(cls, basis: Tensor) -> Self:
+        """Of the span of a basis found before; singular values are not known."""
+        made = cls.__new__(cls)
+        made.basis = basis
+        return made
 
     def __call__(self, delta: Tensor) -> Tensor:
         """delta - V V^T delta, (m,)."""

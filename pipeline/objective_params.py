@@ -45,6 +45,11 @@ class Variant(BaseModel):
         return False
 
     @property
+    def needs_sketches(self) -> bool:
+        """Whether training reads gradient sketches of the training responses."""
+        return False
+
+    @property
     def needs_lengths(self) -> bool:
         """Whether the loss depends on the responses' lengths."""
         return getattr(self, "over_tokens", "sum") == "mean" and getattr(self, "weight", 1.0) > 0
@@ -291,4 +296,21 @@ class WeightedSum(Variant):
         }
 
 
-AnyVariant = Annotated[_Single | WeightedSum, Field(discriminator="objective")]
+class AuxDPO(_Scaled):
+    """No function of log-probs alone: its offsets train beside the policy (pipeline/offsets.py)."""
+
+    objective: Literal["auxdpo"]
+    constraint: Literal["penalty", "projection", "batch"] = "penalty"
+    null_weight: Annotated[float, AfterValidator(Interval(0, INFINITY))] = 1.0  # at 0 offsets fit the labels alone
+    ridge: NonNegative = 0.0
+    rank: Annotated[int, Field(ge=1)] = 256  # read for constraint: projection
+    weights: Literal["responses", "sides"] = "responses"  # of the null space: a response once, or once a pair side
+    centred: bool = True  # offsets enter the constraint less their prompt's mean, which no margin sees
+    offset_learning_rate: Annotated[float, AfterValidator(Interval(0, INFINITY))] = 0.02
+
+    @property
+    def needs_sketches(self) -> bool:
+        return True
+
+
+AnyVariant = Annotated[_Single | WeightedSum | AuxDPO, Field(discriminator="objective")]

@@ -282,6 +282,12 @@ class Params(Section):
         unknown = [name for name in self.sweep.variants if name not in self.train.variants]
         if unknown:
             raise ValueError(f"sweep.variants names {unknown}, but train.variants has {sorted(self.train.variants)}")
+        needing = [name for name in self.sweep.variants if self.train.variants[name].needs_sketches]
+        if needing and self.sketch.mode == "none":
+            raise ValueError(
+                f"sweep.variants has {needing}, which need gradient sketches; set sketch.mode to tensorsketch (or to "
+                "exact, for a small LoRA), found none"
+            )
         if self.prepare.sft.source == "none" and self.sft.epochs > 0:
             raise ValueError("prepare.sft.source: none leaves nothing to train on; set sft.epochs: 0")
         if self.model.scratch is not None and self.sft.epochs == 0:

@@ -15,7 +15,10 @@ from pipeline.launch import Job
 from pipeline.layout import choose_layout
 from pipeline.logps import ResponseLogps, sequence_sums
 from pipeline.models import disable_dropout, load_policy_start
+from pipeline.objective_params import AuxDPO
 from pipeline.objectives import OBJECTIVES, PairLogps
+from pipeline.offset_sketches import open_offsets, require_adapter
+from pipeline.offsets import Offsets, summarise_shares
 from pipeline.pair_batches import PairBatches
 from pipeline.params import LoopParams, Trainable
 from pipeline.prepared_data import name_pairs
@@ -48,6 +51,7 @@ class PreferenceTask:
         drift_tolerance: nats a response by which the policy may differ from the cached reference at the start.
         """
         self.objective, self.hyperparameters = OBJECTIVES[objective], hyperparameters
+        self.offsets: Offsets | None = None  # AuxDPO's; they take the objective's place
         self.beta = reward_beta
         self.pairs = PairBatches(pairs, layout, split=split, most=most)
         self.layout, self.lengths, self.groups = layout, self.pairs.lengths, self.pairs.groups
@@ -64,11 +68,17 @@ class PreferenceTask:
         tokens = tokens.to(engine.device)
         sums = sequence_sums(engine(*tokens), tokens.rows, int(places.max()) + 1)
         pair = self._pair_logps(sums.index_select(0, torch.from_numpy(places).to(sums.device)), micro)
-        losses = self.objective(pair, **self.hyperparameters)
-        sums = self._sums(pair, losses.detach())
+        losses, explained = self._losses(pair, micro, batch)
+        found = self._sums(pair, losses.detach()) | explained
         if engine.updates == 0:
-            sums |= self.start.observe(pair, micro)
-        return losses.sum() / len(batch), sums
+            found |= self.start.observe(pair, micro)
+        return losses.sum() / len(batch), found
+
+    def _losses(self, pair: PairLogps, micro: np.ndarray, batch: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of each pair, (B,), and sums that only this objective has."""
+        if self.offsets is not None:
+            return self.offsets.losses(pair, micro, batch)
+        return self.objective(pair, **self.hyperparameters), {}
 
     def _pair_logps(self, policy: Tensor, micro: np.ndarray) -> PairLogps:
         chosen, rejected = policy.chunk(2)
@@ -101,7 +111,7 @@ class PreferenceTask:
         row = {name: value / len(batch) for name, value in sums.items()}
         # Nats per token, as language-model losses are given; everything else is a mean over pairs.
         row["nll/chosen"] = sums["nll/chosen"] / float(self.pairs.response_lengths[batch, 0].sum())
-        return row
+        return row if self.offsets is None else summarise_shares(row)
 
 
 def start(job: Job, loop: LoopParams) -> tuple[Engine, PreferenceTask, nn.Module]:
@@ -115,15 +125,34 @@ def start(job: Job, loop: LoopParams) -> tuple[Engine, PreferenceTask, nn.Module
     layout = choose_layout(disable_dropout(model), loop.layout, best="shared_prompts")
     model.train()
     task = open_task(job, layout)
+    offset_params = _offset_params(job)
+    if offset_params:
+        require_adapter(Path(job.paths["sketches"]), model)
     engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
+    if offset_params:
+        task.offsets = open_offsets(Path(job.paths["sketches"]), task.pairs.keys, task.groups, offset_params, engine)
     return engine, task, model
 
 
+def _offset_params(job: Job) -> AuxDPO | None:
+    if job.settings["objective"] != "auxdpo":
+        return None
+    return AuxDPO.model_validate({"objective": "auxdpo"} | job.settings["hyperparameters"])
+
+
 def open_task(job: Job, layout: str, *, split: str = "train", most: int | None = None) -> PreferenceTask:
+    """Without offsets: those of held-out pairs are zero, where AuxDPO's loss is DPO's."""
     names = ("objective", "hyperparameters", "reward_beta", "drift_tolerance")
     settings = {name: job.settings[name] for name in names}
+    if settings["objective"] == "auxdpo":
+        settings |= {"objective": "dpo", "hyperparameters": {"beta": settings["reward_beta"]}}
     paths = (Path(job.paths[name]) for name in ("pairs", "reference"))
     return PreferenceTask(*paths, **settings, layout=layout, split=split, most=most)
+
+
+def companion(task: PreferenceTask) -> Offsets | None:
+    """What trains beside the policy."""
+    return task.offsets
 
 
 def held_out(job: Job, loop: LoopParams, task: PreferenceTask) -> HeldOutPairs | None:

@@ -7,11 +7,12 @@ from typing import Any
 import polars as pl
 
 from cache import Reference, require_keys
+from pipeline.constraint import open_fitting, require_responses
 from pipeline.drift import FILE, count_flagged, open_for_model, values_digest
 from pipeline.errors import RequestError
 from pipeline.history import last_row
 from pipeline.launch import Job, file_digest, launch, publish, require_steps, work_folder
-from pipeline.objective_params import AnyVariant
+from pipeline.objective_params import AnyVariant, AuxDPO
 from pipeline.params import LoopParams, Trainable, TrainParams, variant_loop
 from pipeline.prepared_data import PAIR_SIDES, scan_pairs
 from pipeline.run_record import EVALUATIONS
@@ -32,13 +33,15 @@ def train_policy(
     metrics: Path,
     params: TrainParams,
     trainable: Trainable,
+    sketches: Path | None = None,
 ) -> dict[str, Any]:
     """Train `variant` with `seed` from the reference's weights, without a reference model; returns train.json's dict.
 
-    With train.evaluate_every, held-out pairs are measured into evaluations.tsv beside `history`. Returns {} where this
-    process is another rank than 0 (torchrun, srun). Raises RequestError for an unknown variant, an empty split,
-    settings without a step, a tracker that is not installed or too much drift, CacheMismatch for a cache of other
-    weights, CacheIncomplete for missing rows: all before any model is loaded.
+    With train.evaluate_every, held-out pairs are measured into evaluations.tsv beside `history`. sketches: read for
+    AuxDPO alone, which writes its offsets beside the policy. Returns {} where this process is another rank than 0
+    (torchrun, srun). Raises RequestError for an unknown variant, an empty split, settings without a step, a tracker
+    that is not installed or too much drift, CacheMismatch for a cache of other weights or sketches of something else,
+    CacheIncomplete for missing rows: all before any model is loaded.
     """
     if variant not in params.variants:
         raise RequestError(f"--variant {variant!r} is not in train.variants, which has {sorted(params.variants)}.")
@@ -50,16 +53,21 @@ def train_policy(
     require_keys(cached, needed.to_arrow().to_batches(), scratch=scratch_folder())
     check_drift(cached, dtype=settings.dtype, tolerance=settings.drift_tolerance)
     objective = params.variants[variant]
+    paths = {"pairs": pairs, "model": model, "reference": reference, "tokenizer": model}
+    inputs = [pairs / "pairs.parquet", pairs / "responses.parquet", reference / "manifest.json"]
+    if isinstance(objective, AuxDPO):
+        digests = {"weights": cached.identity.weights, "config": cached.identity.config}
+        paths["sketches"] = _fitting_sketches(sketches, pairs, objective, trainable=trainable, **digests)
+        inputs.append(paths["sketches"] / "manifest.json")
     job = Job(
         kind="preferences",
         title=f"{variant}-{seed}",
-        paths={"pairs": str(pairs), "model": str(model), "reference": str(reference), "tokenizer": str(model)},
+        paths={name: str(path) for name, path in paths.items()},
         loop=settings.model_dump(include=set(LoopParams.model_fields)),
         settings=_task_settings(settings, objective, trainable),
         seed=seed,
         log_to=tuple(settings.log_to),
     )
-    inputs = [pairs / "pairs.parquet", pairs / "responses.parquet", reference / "manifest.json"]
     work = work_folder(job, cached.identity.weights, cached.identity.config, *map(file_digest, inputs))
     summary = launch(job, work, loop=settings, n_examples=train_pairs)
     if summary is None:
@@ -81,6 +89,13 @@ def train_policy(
     return summary
 
 
+def _fitting_sketches(sketches: Path | None, pairs: Path, objective: AuxDPO, **model: Any) -> Path:
+    """The folder, if it holds what AuxDPO needs; raises as open_fitting and require_responses."""
+    found = open_fitting(sketches, **model)
+    require_responses(found, _sides(pairs, "train"), objective)
+    return found.path
+
+
 def _task_settings(settings: TrainParams, objective: AnyVariant, trainable: Trainable) -> dict[str, Any]:
     """What pipeline/preference_task.py is told beside the loop's parameters."""
     return {
@@ -96,8 +111,7 @@ def _task_settings(settings: TrainParams, objective: AnyVariant, trainable: Trai
 
 def _pairs_of_splits(pairs: Path, settings: TrainParams) -> tuple[int, pl.DataFrame]:
     """The number of training pairs, and the sides of every pair that this run reads."""
-    sides = scan_pairs(pairs).select("split", *PAIR_SIDES).collect()
-    train, test = (sides.filter(pl.col("split") == split).select(PAIR_SIDES) for split in ("train", "test"))
+    train, test = (_sides(pairs, split) for split in ("train", "test"))
     if train.is_empty():
         raise RequestError(f"{pairs} has no training pairs. Add pairs, or lower prepare.test_share.")
     if not settings.evaluate_every:
@@ -108,6 +122,10 @@ def _pairs_of_splits(pairs: Path, settings: TrainParams) -> tuple[int, pl.DataFr
             "Raise prepare.test_share, name test pairs in prepare, or set train.evaluate_every: 0."
         )
     return len(train), pl.concat([train, test[held_out_rows(len(test), settings.evaluate_pairs)]])
+
+
+def _sides(pairs: Path, split: str) -> pl.DataFrame:
+    return scan_pairs(pairs).filter(pl.col("split") == split).select(PAIR_SIDES).collect()
 
 
 def check_drift(reference: Reference, *, dtype: str, tolerance: float) -> None:

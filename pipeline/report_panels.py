@@ -57,6 +57,22 @@ PANELS = (
         axis_format="~%",
     ),
     Panel(
+        key="offsets",
+        title="Margin explained by offsets",
+        metrics=("offsets/share",),
+        axis="share of margin",
+        caption="AuxDPO: how much of the margin its offsets make up instead of the policy, in absolute values.",
+        number_format=".1%",
+        axis_format="~%",
+    ),
+    Panel(
+        key="null-space",
+        title="Null-space penalty",
+        metrics=("offsets/penalty",),
+        axis="before its weight",
+        caption="AuxDPO: squared norm of the offsets' sum of reference gradients, by the sketch they are fitted to.",
+    ),
+    Panel(
         key="loss",
         title="Loss",
         metrics=("loss",),

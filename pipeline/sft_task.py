@@ -64,3 +64,7 @@ def start(job: Job, loop: LoopParams) -> tuple[Engine, SftTask, nn.Module]:
 
 def held_out(job: Job, loop: LoopParams, task: SftTask) -> None:
     """Nothing: prepare keeps no sft rows back."""
+
+
+def companion(task: SftTask) -> None:
+    """Nothing: the model trains alone."""

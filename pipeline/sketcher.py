@@ -1,7 +1,5 @@
 """A reference model made ready for sketching: what trains, in which groups, and the identity of its sketches."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ from pipeline.sketch_collection import GradientCollector, Sketched
 from pipeline.sketch_groups import Layout, find_layout
 from pipeline.sketch_hashes import AUDIT, HASH_VERSION, SKETCH, hashes
 from pipeline.sketch_maths import ExactSums, Sums, TensorSketchSums, exact_widths
-from pipeline.trainable import select_trainable
+from pipeline.trainable import adapter_digest, select_trainable
 from pipeline.weights import config_digest, weights_digest
 
 LARGEST_EXACT = 1 << 18  # numbers a response; half a megabyte of float16
@@ -65,7 +63,7 @@ class Sketcher:
             weights=weights_digest(folder),
             config=config_digest(folder),
             trainable=canonical_json(trainable),
-            adapter_init=_adapter_digest(self.layout),
+            adapter_init=adapter_digest(self.model),
             mode=self.params.mode,
             k=None if exact else self.params.k,
             audit=self.params.audit,
@@ -116,13 +114,3 @@ def _exact_shapes(layout: Layout) -> dict[str, torch.Size]:
     """Of the parameters that have a gradient: while a LoRA's B is zero, its A has none."""
     zero = {n.replace(".lora_B.", ".lora_A.") for n, p in layout.parameters.items() if ".lora_B." in n and not p.any()}
     return {name: parameter.shape for name, parameter in layout.parameters.items() if name not in zero}
-
-
-def _adapter_digest(layout: Layout) -> str | None:
-    """Hex digest over (name, shape, float32 bytes) of a LoRA's tensors; None without one."""
-    tensors = {name: p for name, p in layout.parameters.items() if ".lora_" in name}
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        digest.update(json.dumps([name, list(tensors[name].shape)]).encode())
-        digest.update(tensors[name].detach().float().cpu().numpy().astype("<f4").tobytes())
-    return digest.hexdigest() if tensors else None

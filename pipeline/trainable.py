@@ -1,11 +1,14 @@
 """Which parameters train. The same choice drives training and the gradient sketches."""
 
+import hashlib
+import json
 import math
 
 from torch import nn
 
 from pipeline.errors import RequestError
 from pipeline.params import LastFraction, Lora, Trainable
+from pipeline.sketch_hashes import canonical_name
 
 
 def select_trainable(model: nn.Module, trainable: Trainable) -> nn.Module:
@@ -38,6 +41,20 @@ def transformer_blocks(model: nn.Module) -> nn.ModuleList:
         f"{type(model).__name__} has no list of {expected} transformer blocks, so `trainable` can't name its last. "
         "Set trainable: all, head, or lora with blocks: all."
     )
+
+
+def adapter_digest(model: nn.Module) -> str | None:
+    """Hex digest over (name, shape, float32 bytes) of the LoRA tensors that train; None without any.
+
+    Gradients of B depend on the random A, so this belongs to what determines a sketch.
+    """
+    trained = {canonical_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {name: p for name, p in trained.items() if ".lora_" in name}
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(json.dumps([name, list(tensors[name].shape)]).encode())
+        digest.update(tensors[name].detach().float().cpu().numpy().astype("<f4").tobytes())
+    return digest.hexdigest() if tensors else None
 
 
 def _with_lora(model: nn.Module, trainable: Lora) -> nn.Module:

@@ -50,6 +50,25 @@ class HeldOut(Protocol):
         """Means over the examples, the same on every rank. Collective."""
 
 
+class Companion(Protocol):
+    """What trains beside the model with an optimiser of its own, the same on every rank."""
+
+    def step(self, batch: np.ndarray, factor: float) -> dict[str, float]:
+        """One update after the model's; factor: of its learning rate. Returns columns of the history. Collective."""
+
+    def save(self, folder: Path) -> Path:
+        """Write its state to a file there, for a checkpoint."""
+
+    def load(self, folder: Path) -> None:
+        """Go on from that file in a checkpoint."""
+
+    def summary(self) -> dict[str, float]:
+        """Figures for people, at the end. Collective."""
+
+    def export(self, folder: Path) -> None:
+        """Write what people may want of it beside the finished model."""
+
+
 def learning_rate_at(step: int, *, steps: int, loop: LoopParams) -> float:
     """Linear warm-up, then the schedule down to zero; a pure function of the step, so that resuming needs no state."""
     warmup = math.ceil(loop.warmup_share * steps)
@@ -80,6 +99,7 @@ def run_loop(
     seed: int,
     work: Path,
     held_out: HeldOut | None = None,
+    companion: Companion | None = None,
     trackers: Callable[[int], Sequence[Tracker]] = lambda start: (),
 ) -> int:
     """Train to the end, from the newest checkpoint in `work` if there is one; returns the step it resumed from.
@@ -91,11 +111,13 @@ def run_loop(
     steps = steps_for(loop.epochs, len(task.lengths), loop.batch_size)
     checkpoints = work / "checkpoints"
     start = engine.load_newest_checkpoint(checkpoints)
+    if companion and start:
+        companion.load(place(checkpoints, start))
     record = (
         RunRecord(work, start, saved=place(checkpoints, start), trackers=trackers(start)) if not engine.rank else None
     )
     for step in range(start, steps):
-        row = _step_row(engine, task, loop, step, steps=steps, seed=seed, checkpoints=checkpoints)
+        row = _step_row(engine, task, loop, step, steps=steps, seed=seed, checkpoints=checkpoints, companion=companion)
         if record:
             record.trained(row)
         if held_out and held_out.due(step + 1, steps):
@@ -104,7 +126,8 @@ def run_loop(
                 record.evaluated({"step": step + 1} | measured)
         if (step + 1) % loop.checkpoint_every == 0 and step + 1 < steps:
             _require_finite_weights(engine, step + 1, checkpoints)
-            engine.save_checkpoint(checkpoints, step + 1, beside=record.files() if record else ())
+            beside = [*record.files(), *([companion.save(work)] if companion else [])] if record else ()
+            engine.save_checkpoint(checkpoints, step + 1, beside=beside)
             if record:
                 prune(checkpoints, loop.keep_checkpoints)
     _require_finite_weights(engine, steps, checkpoints)
@@ -114,7 +137,15 @@ def run_loop(
 
 
 def _step_row(
-    engine: Engine, task: Task, loop: LoopParams, step: int, *, steps: int, seed: int, checkpoints: Path
+    engine: Engine,
+    task: Task,
+    loop: LoopParams,
+    step: int,
+    *,
+    steps: int,
+    seed: int,
+    checkpoints: Path,
+    companion: Companion | None,
 ) -> dict[str, float]:
     """Make optimizer step `step` (0-based); its row of the history."""
     # Reseeded every step, so that dropout, if any, is the same after a resume.
@@ -132,19 +163,30 @@ def _step_row(
     sums, losses = _one_step(engine, task, loop, batch)
     row = {"step": step + 1, "epoch": (step + 1) * loop.batch_size / len(task.lengths)}
     row |= task.summarise(sums, batch)
-    row |= {
-        "grad_norm": engine.grad_norm(),
-        "lr": learning_rate,
-        "tokens_per_second": float(task.lengths[batch].sum()) / (time.perf_counter() - started),
-    }
-    if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-        suspects = np.concatenate(engine.gather(_not_finite(losses)))
-        raise RunFailed(
-            f"loss {row['loss']}, gradient norm {row['grad_norm']} at step {step + 1}, training on "
-            f"{_listed(task.names(suspects if len(suspects) else batch))}. "
-            f"{_newest(checkpoints)} Look at these examples, or lower the learning rate and run again."
-        )
-    return row
+    row |= {"grad_norm": engine.grad_norm(), "lr": learning_rate}
+    _require_finite(engine, task, row, losses, batch, checkpoints)
+    if companion:
+        row |= companion.step(batch, learning_rate / loop.learning_rate)
+    return row | {"tokens_per_second": float(task.lengths[batch].sum()) / (time.perf_counter() - started)}
+
+
+def _require_finite(
+    engine: Engine,
+    task: Task,
+    row: Mapping[str, float],
+    losses: Sequence[tuple[np.ndarray, Tensor]],
+    batch: np.ndarray,
+    checkpoints: Path,
+) -> None:
+    """RunFailed naming the examples at fault, unless the step's loss and gradient are finite. losses: of this rank."""
+    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+        return
+    suspects = np.concatenate(engine.gather(_not_finite(losses)))
+    raise RunFailed(
+        f"loss {row['loss']}, gradient norm {row['grad_norm']} at step {row['step']}, training on "
+        f"{_listed(task.names(suspects if len(suspects) else batch))}. "
+        f"{_newest(checkpoints)} Look at these examples, or lower the learning rate and run again."
+    )
 
 
 def _one_step(

@@ -62,6 +62,7 @@ def run_rank(job: Job, work: Path) -> dict[str, Any] | None:
     task_module = importlib.import_module(TASKS[job.kind])
     started = time.perf_counter()
     engine, task, model = task_module.start(job, loop)
+    companion = task_module.companion(task)
     resumed_from = run_loop(
         engine,
         task,
@@ -69,15 +70,19 @@ def run_rank(job: Job, work: Path) -> dict[str, Any] | None:
         seed=job.seed,
         work=work,
         held_out=task_module.held_out(job, loop, task),
+        companion=companion,
         trackers=lambda start: open_trackers(
             job.log_to, title=job.title, run_id=work.name, config=job.loop | job.settings, start=start
         ),
     )
     is_adapter = hasattr(model, "peft_config")
     state = engine.gathered_state(model, trained_only=is_adapter)
+    beside = {"offsets": companion.summary()} if companion else {}
     summary = None
     if engine.rank == 0:
         save_model(model, state, Path(job.paths["tokenizer"]), work / "model")
+        if companion:
+            companion.export(work / "model")
         steps = steps_for(loop.epochs, len(task.lengths), loop.batch_size)
         summary = {
             "steps": steps,
@@ -93,6 +98,7 @@ def run_rank(job: Job, work: Path) -> dict[str, Any] | None:
             "resumed_from_step": resumed_from,
             "layout": task.layout,
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,  # of rank 0, in host memory
+            **beside,
         }
         (work / "summary.json").write_text(json.dumps(summary))
     leave_distributed()

@@ -12,6 +12,7 @@ COMMANDS = {
     "sft": "Fine-tune (or take as it is) the reference model.",
     "score": "Score every response under the reference with vLLM.",
     "sketch": "Sketch the reference's gradient of every training response.",
+    "constraint": "Say which sketches a variant trains with, for DVC.",
     "train": "Train one policy against the reference cache with DeepSpeed.",
     "evaluate": "Compare one policy with the reference on held-out pairs.",
     "report": "Collect all variants into tables, curves and one HTML page.",

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 @path_option("--pairs", "Folder of pairs and responses from prepare.")
 @path_option("--model", "Reference model from sft, where the policy starts.")
 @path_option("--reference", "Reference cache from score.")
+@click.option(
+    "--sketches",
+    type=click.Path(path_type=Path),
+    help="Gradient sketches from sketch; only objective auxdpo reads them.",
+)
 @path_option("--out", "Policy to write: a transformers folder, or a peft adapter for LoRA.")
 @path_option("--history", "Training history to write (TSV).")
 @path_option("--metrics", "Metrics to write (JSON).")
@@ -29,6 +34,7 @@ def command(
     pairs: Path,
     model: Path,
     reference: Path,
+    sketches: Path | None,
     out: Path,
     history: Path,
     metrics: Path,
@@ -37,13 +43,13 @@ def command(
     """Train one policy against the reference cache with DeepSpeed; no reference model is loaded.
 
     A killed run goes on from its newest checkpoint when the same command runs again. Held-out pairs, if
-    train.evaluate_every asks for them, are measured into evaluations.tsv beside the history. Under torchrun or srun
-    each process is one rank.
+    train.evaluate_every asks for them, are measured into evaluations.tsv beside the history. Objective auxdpo writes
+    its offsets to offsets.parquet in the policy's folder. Under torchrun or srun each process is one rank.
 
     \b
     Example:
       refcache train --variant dpo --seed 0 --pairs data/prepared/pairs --model models/reference \\
-        --reference data/reference/logps --out models/policies/dpo-0 \\
+        --reference data/reference/logps --sketches data/reference/sketches --out models/policies/dpo-0 \\
         --history results/dpo-0/history.tsv --metrics results/dpo-0/train.json
     """
     if dry_run:
@@ -61,6 +67,7 @@ def command(
         pairs=pairs,
         model=model,
         reference=reference,
+        sketches=sketches,
         out=out,
         history=history,
         metrics=metrics,

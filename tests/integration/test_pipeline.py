@@ -88,8 +88,10 @@ def first_run(project) -> list[str]:
 
 
 def test_one_command_runs_every_stage_and_scores_shared_responses_once(project, first_run):
-    order = [stage for stage in first_run if stage != "sketch"]  # which nothing waits for
-    assert order == ["prepare", "sft", "score", "train@bdpo-0", "evaluate@bdpo-0", "report"] and "sketch" in first_run
+    beside = ["sketch", "constraint@bdpo"]  # for which only train waits
+    order = [stage for stage in first_run if stage not in beside]
+    assert order == ["prepare", "sft", "score", "train@bdpo-0", "evaluate@bdpo-0", "report"]
+    assert [stage for stage in first_run if stage in [*beside, "train@bdpo-0"]] == [*beside, "train@bdpo-0"]
     assert json.loads((project / "data/reference/sketches/manifest.json").read_text())["identity"]["mode"] == "none"
     pairs = pl.read_parquet(project / "data/prepared/pairs/pairs.parquet")
     assert len(pairs) == 80 and set(pairs["split"]) == {"train", "test"}
@@ -105,6 +107,17 @@ def test_one_command_runs_every_stage_and_scores_shared_responses_once(project, 
 
 def test_a_second_run_does_nothing(project, first_run):
     assert ran(dvc(project, "repro")) == []
+
+
+def test_new_sketches_train_only_variants_that_read_them(project, first_run):
+    text = (project / "params.yaml").read_text()
+    params = json.loads(text)
+    params["sketch"] |= {"mode": "tensorsketch", "k": 16, "audit": 16}
+    (project / "params.yaml").write_text(json.dumps(params))
+    assert ran(dvc(project, "repro", "constraint")) == ["sketch", "constraint@bdpo"]
+    assert ran(dvc(project, "repro", "--dry")) == ["report"]  # which shows all figures
+    (project / "params.yaml").write_text(text)
+    dvc(project, "repro", "constraint")
 
 
 def test_changing_a_beta_trains_evaluates_and_reports_but_scores_nothing(project, first_run):

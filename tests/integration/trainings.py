@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from safetensors.torch import load_file
 
 from pipeline.params import Params, TrainParams
@@ -21,7 +22,11 @@ TRAIN = {
     "micro_batch_size": 3,
     "learning_rate": 3e-3,
     "checkpoint_every": 3,
-    "variants": {"dpo": {"objective": "dpo", "beta": 0.5}, "bdpo": {"objective": "bdpo", "beta": 0.5, "mixture": 0.3}},
+    "variants": {
+        "dpo": {"objective": "dpo", "beta": 0.5},
+        "bdpo": {"objective": "bdpo", "beta": 0.5, "mixture": 0.3},
+        "auxdpo": {"objective": "auxdpo", "beta": 0.5, "offset_learning_rate": 0.05},
+    },
 }
 Rows = list[dict[str, float]]
 
@@ -41,7 +46,9 @@ def outputs(out: Path) -> dict[str, Path]:
 
 
 def inputs(root: Path) -> dict[str, Path]:
-    return {"pairs": root / "pairs", "model": root / "model", "reference": root / "logps"}
+    """What phase 1 left under `root`; sketches, if it has any."""
+    found = {"pairs": root / "pairs", "model": root / "model", "reference": root / "logps"}
+    return found | ({"sketches": root / "sketches"} if (root / "sketches").exists() else {})
 
 
 @dataclass
@@ -67,12 +74,19 @@ class Finished:
     def weights(self) -> dict[str, Any]:
         return load_file(next((self.out / "policy").glob("*.safetensors")))
 
+    @property
+    def offsets(self) -> pl.DataFrame | None:
+        """AuxDPO's table; None without."""
+        file = self.out / "policy/offsets.parquet"
+        return pl.read_parquet(file) if file.exists() else None
+
     def equals(self, other: "Finished") -> bool:
         """Bit by bit, but for speeds."""
         ours, theirs = self.weights, other.weights
         return (
             without_speed(self.history) == without_speed(other.history)
             and self.evaluations == other.evaluations
+            and (self.offsets is None or self.offsets.equals(other.offsets))
             and ours.keys() == theirs.keys()
             and all((ours[name] == theirs[name]).all() for name in ours)
         )

@@ -4,11 +4,16 @@ Policy proportional to [e^t, e^-t, 1], reference t = 0, rewards [1, 2, 0]; the K
 t* = -1 / (2 beta) + O(1 / beta^2). Labels are the exact Bradley-Terry probabilities, so nothing here is sampled.
 """
 
+import numpy as np
 import pytest
 import torch
 
+from cache.key_set import key_array
 from pipeline.nullspace import Projection, SketchedGradients
+from pipeline.objective_params import AuxDPO
 from pipeline.objectives import PairLogps, auxdpo, dpo
+from pipeline.offsets import Offsets
+from tests.cache.test_sketches import keys
 
 REWARDS = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)
 PAIRS = [(0, 1), (1, 2), (2, 0)]
@@ -104,6 +109,35 @@ def test_the_penalty_reaches_it_as_its_weight_grows(counts):
     t, delta = minimise(objective, ZERO, torch.zeros(3, dtype=torch.float64))
     assert t.item() == pytest.approx(-1 / (2 * BETA), abs=1e-3)
     assert gradients().penalty(delta).item() < 1e-6
+
+
+@pytest.mark.parametrize("constraint", ["projection", "penalty"])
+@pytest.mark.parametrize("counts", [(1, 1, 100), (100, 1, 1)])
+def test_offsets_trained_beside_the_policy_bring_it_to_the_optimum(constraint, counts):
+    """As the trainer does it: Adam for both, one step each from the same gradient."""
+    sides = torch.tensor([side for i, j in PAIRS for side in ((i, j), (j, i))])
+    shares = torch.sigmoid(REWARDS[sides[:, 0]] - REWARDS[sides[:, 1]])
+    shares *= torch.tensor(counts).repeat_interleave(2) / sum(counts)
+    params = AuxDPO(objective="auxdpo", constraint=constraint, null_weight=300.0, offset_learning_rate=0.05)
+    projection = Projection(gradients(), 1) if constraint == "projection" else None
+    responses = (key_array(keys(0, 3)), torch.zeros(3, dtype=torch.int64), sides, gradients(), slice(0, 3))
+    offsets = Offsets(*responses, params, sum_over_ranks=lambda values: values, projection=projection)
+    reference, every = log_policy(ZERO)[sides], np.arange(6)
+    t, steps = ZERO.clone().requires_grad_(), 600
+    optimizer = torch.optim.Adam([t])
+    for step in range(steps):
+        delta = offsets.of(every).double().requires_grad_()
+        logps = (*log_policy(t)[sides].T, *reference.T)
+        losses = auxdpo(
+            PairLogps(*logps, *torch.ones(2, 6)), beta=BETA, chosen_offset=delta[0], rejected_offset=delta[1]
+        )
+        t.grad, of_offsets = torch.autograd.grad((shares * losses).sum(), [t, delta])
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
+        optimizer.step()
+        offsets.add(every, of_offsets)
+        offsets.step(every, 1 - step / steps)
+    assert t.item() == pytest.approx(-1 / (2 * BETA), abs=1e-3)
+    assert offsets.summary()["null_ratio"] < 1e-3
 
 
 def test_only_weights_that_do_not_follow_the_pairs_identify_the_optimum():

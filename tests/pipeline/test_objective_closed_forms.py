@@ -132,7 +132,7 @@ def test_auxdpo_adds_the_offsets_in_reward_units(logps, beta, chosen_offset, rej
     assert got == pytest.approx([-weight, weight], rel=1e-8, abs=1e-300)
 
 
-def test_auxdpo_cannot_be_trained_before_its_offsets_are_constrained():
+def test_auxdpo_is_no_term_of_a_sum_where_its_offsets_would_be_unconstrained():
     assert "auxdpo" not in OBJECTIVES
 
 

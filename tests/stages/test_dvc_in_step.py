@@ -59,6 +59,8 @@ def test_every_path_on_a_command_line_is_a_dependency_or_an_output(stages):
         known = {path.relative_to(root) for path in local if path.is_relative_to(root)}
         for name, value in parsed(stage)[1].items():
             if isinstance(value, Path) and name != "params_file":
+                if stage.name.startswith("train@") and name == "sketches":
+                    continue  # its constraint stands for them, so that only variants that read them depend on them
                 assert {value, *value.parents} & known, (stage.name, name, value)
 
 
@@ -68,6 +70,16 @@ def test_train_watches_every_setting_that_can_change_it(stages):
     watched = {key for dep in cell.deps if hasattr(dep, "params") for key in dep.params}
     settings = {f"train.{name}" for name in TrainParams.model_fields if name != "variants"}
     assert watched == settings | {"train.variants.dpo", "trainable"}
+
+
+def test_only_variants_that_read_sketches_are_trained_anew_when_these_change(stages):
+    """The stamp that train depends on has their digest, or null; test_constraint.py."""
+    for stage in stages:
+        paths = [dep.def_path for dep in stage.deps]
+        if stage.name.startswith("train@"):
+            variant = stage.name.removeprefix("train@").rpartition("-")[0]
+            assert f"data/reference/constraints/{variant}.json" in paths
+            assert "data/reference/sketches" not in paths
 
 
 def test_watched_sections_exist(stages):

@@ -1,0 +1,36 @@
+"""The `constraint` stage: what of the sketches a variant depends on."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from stages.options import params_options, path_option
+
+if TYPE_CHECKING:
+    from pipeline.params import Params
+
+
+@click.command("constraint")
+@click.option("--variant", required=True, help="Name under train.variants.")
+@path_option("--sketches", "Gradient sketches from sketch.")
+@path_option("--out", "JSON file to write: the sketches' digest, or null.")
+@params_options
+def command(params: "Params", variant: str, sketches: Path, out: Path) -> None:
+    """Write which sketches a variant trains with: for most, none.
+
+    DVC trains a variant anew when this file changes, so that other sketches concern only variants that read them.
+
+    \b
+    Example:
+      refcache constraint --variant auxdpo --sketches data/reference/sketches \\
+        --out data/reference/constraints/auxdpo.json
+    """
+    from pipeline.constraint import write_stamp
+    from pipeline.errors import RequestError
+
+    if variant not in params.train.variants:
+        raise RequestError(
+            f"--variant {variant!r} is not in train.variants, which has {sorted(params.train.variants)}."
+        )
+    write_stamp(variant, params.train.variants[variant], sketches, out)
