@@ -26,15 +26,21 @@ def open_fitting(path: Path | None, *, weights: str, config: str, trainable: Tra
     """
     if path is None:
         raise RequestError("auxdpo needs gradient sketches. Name their folder with --sketches.")
-    found = open_sketches(path, expect=None).identity
-    if found.mode == NONE:
-        raise RequestError(f"{path} holds no sketches, which auxdpo needs. {_TO_DO}")
+    found = _open_filled(path, "auxdpo").identity
     wanted = canonical_json(trainable if isinstance(trainable, str) else trainable.model_dump())
     expected = dataclasses.replace(found, weights=weights, config=config, trainable=wanted)
     return open_sketches(path, expect=expected)
 
 
-_TO_DO = "Set sketch.mode: tensorsketch (or exact, for a small LoRA) and run `dvc repro sketch`."
+def _open_filled(path: Path, reader: str) -> Sketches:
+    """What is published there; RequestError where that is nothing, naming who would read it."""
+    found = open_sketches(path, expect=None)
+    if found.identity.mode == NONE:
+        raise RequestError(
+            f"{path} holds no sketches, which {reader} needs. Set sketch.mode: tensorsketch (or exact, for a small "
+            "LoRA) and run `dvc repro sketch`."
+        )
+    return found
 
 
 def require_responses(sketches: Sketches, pairs: pl.DataFrame, params: AuxDPO) -> None:
@@ -75,11 +81,7 @@ def write_stamp(variant: str, objective: AnyVariant, sketches: Path, out: Path) 
     """
     content: dict[str, Any] = {"variant": variant, "sketches": None}
     if objective.needs_sketches:
-        published = open_sketches(sketches, expect=None)
-        if published.identity.mode == NONE:
-            raise RequestError(
-                f"{sketches} holds no sketches, which variant {variant} ({objective.objective}) needs. {_TO_DO}"
-            )
+        _open_filled(sketches, f"variant {variant} ({objective.objective})")
         content["sketches"] = file_digest(sketches / MANIFEST)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n")
