@@ -24,6 +24,7 @@ _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 # Both layouts round differently; what sees a wrong token is off by far more.
 _TOLERANCE = 1e-3
 _VOCABULARY = 64
+_WINDOW = 6  # tokens; shorter than what is made up
 
 AttentionInterface.register(ATTENTION, attend)
 
@@ -53,7 +54,7 @@ def _problem(model: nn.Module) -> str | None:
     if rope & _LENGTH_DEPENDENT_ROPE:
         return f"its rotary frequencies ({', '.join(sorted(rope))}) depend on the longest sequence"
     try:
-        return _difference(_stand_in(model))
+        return _difference(stand_in(model))
     except (
         UnsupportedAttention,
         AttributeError,
@@ -66,8 +67,8 @@ def _problem(model: nn.Module) -> str | None:
         return str(e) or type(e).__name__
 
 
-def _stand_in(model: nn.Module) -> nn.Module:
-    """The architecture with few layers, but one of each kind, few tokens and random weights.
+def stand_in(model: nn.Module) -> nn.Module:
+    """The architecture with few layers, but one of each kind, few tokens, a short window and random weights; on CPU.
 
     The model itself is large, and under ZeRO-3 no rank has all of it.
     """
@@ -79,6 +80,8 @@ def _stand_in(model: nn.Module) -> nn.Module:
         text.layer_types = kinds[: text.num_hidden_layers]
     else:
         text.num_hidden_layers = min(2, text.num_hidden_layers)
+    if getattr(text, "sliding_window", None):
+        text.sliding_window = min(_WINDOW, text.sliding_window)
     text.vocab_size = _VOCABULARY
     text.pad_token_id = text.bos_token_id = text.eos_token_id = None
     with torch.random.fork_rng():
@@ -96,7 +99,7 @@ def _rope_types(parameters: Any) -> set[str]:
 
 @torch.no_grad()
 def _difference(model: nn.Module) -> str | None:
-    sequences, prompts = _made_up()
+    sequences, prompts = made_up()
     logps = ResponseLogps(model, None)
     padded = _in_order(logps, collate(sequences))
     model.set_attn_implementation(ATTENTION)
@@ -119,11 +122,12 @@ def _in_order(logps: ResponseLogps, batch: TokenBatch) -> Tensor:
     ]
 
 
-def _made_up() -> tuple[list[tuple[list[int], list[int]]], list[int]]:
+def made_up(scale: int = 1) -> tuple[list[tuple[list[int], list[int]]], list[int]]:
+    """Three sequences for a stand-in, and the numbers of their two prompts; the longest has 16 * scale tokens."""
     draw = torch.Generator().manual_seed(0)
 
     def tokens(n: int) -> list[int]:
-        return torch.randint(_VOCABULARY, (n,), generator=draw).tolist()
+        return torch.randint(_VOCABULARY, (n * scale,), generator=draw).tolist()
 
     first, second = tokens(7), tokens(4)
     return [(first, tokens(5)), (second, tokens(6)), (first, tokens(9))], [0, 1, 0]

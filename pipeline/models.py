@@ -56,6 +56,12 @@ def disable_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
+def has_dropout(model: nn.Module) -> bool:
+    """Of whatever kind, in training mode."""
+    rates = [m.p if isinstance(m, nn.Dropout) else getattr(m, "attention_dropout", 0.0) for m in model.modules()]
+    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
+
+
 def load_policy_start(folder: Path) -> nn.Module:
     """The reference's weights, float32 masters, to train a policy from."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

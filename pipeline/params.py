@@ -151,6 +151,8 @@ class LoopParams(Section):
     batch_order: Literal["examples", "prompts"] = "examples"  # shuffled one by one, or with all pairs of a prompt
     tokens_per_batch: Positive | None = None  # of one forward on one rank, instead of micro_batch_size
     layout: Literal["auto", "shared_prompts", "packed", "padded"] = "auto"  # of a forward (pipeline/layout.py)
+    attention: Literal["auto", "sdpa", "flex"] = "auto"  # of the layouts without pads (pipeline/kernels.py)
+    layer_kernels: Literal["auto", "torch", "liger"] = "auto"  # norms, MLPs and rotary positions
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the steps

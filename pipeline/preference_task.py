@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cache import join_sum_logps, open_reference
 from pipeline.deepspeed_engine import Engine, divided_from_the_start
 from pipeline.held_out import HeldOutPairs
+from pipeline.kernels import choose_kernels
 from pipeline.launch import Job
 from pipeline.layout import choose_layout
 from pipeline.logps import ResponseLogps, sequence_sums
@@ -52,6 +53,7 @@ class PreferenceTask:
         """
         self.objective, self.hyperparameters = OBJECTIVES[objective], hyperparameters
         self.offsets: Offsets | None = None  # AuxDPO's; they take the objective's place
+        self.kernels: dict[str, str] = {}  # which ones the policy has, for the metrics
         self.beta = reward_beta
         self.pairs = PairBatches(pairs, layout, split=split, most=most)
         self.layout, self.lengths, self.groups = layout, self.pairs.lengths, self.pairs.groups
@@ -123,8 +125,10 @@ def start(job: Job, loop: LoopParams) -> tuple[Engine, PreferenceTask, nn.Module
     if loop.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     layout = choose_layout(disable_dropout(model), loop.layout, best="shared_prompts")
+    kernels = choose_kernels(model, layout, loop)
     model.train()
     task = open_task(job, layout)
+    task.kernels = kernels
     offset_params = _offset_params(job)
     if offset_params:
         require_adapter(Path(job.paths["sketches"]), model)

@@ -7,12 +7,14 @@ kernels with a mask compute what it hides.
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 # Groups up to this many tokens are computed side by side: below it, a call costs more than what padding computes.
 SMALL = 192
@@ -38,10 +40,15 @@ class PromptGroups:
         self.n_small = sum(map(sum, self.small))
         self.device = torch.device(device)
         self.served: set[int] = set()  # ids of the attention modules that were here
-        self._masks: dict[Hashable, Tensor] = {}
+        self._masks: dict[Hashable, Any] = {}
 
     def to(self, device: torch.device | str) -> "PromptGroups":
         return PromptGroups(self.lengths, device)
+
+    def window(self, sliding_window: int | None) -> int | None:
+        """None where every sequence fits into the window."""
+        longest = max(group[0] + max(group[1:]) for group in self.lengths)
+        return sliding_window if sliding_window is not None and sliding_window < longest else None
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor]:
@@ -77,6 +84,31 @@ class PromptGroups:
             self._masks[key] = _additive(sees if window is None else sees.triu(prompt - window + 1), dtype)
         return self._masks[key]
 
+    @cached_property
+    def pieces(self) -> Tensor:
+        """Of every token, (3, L) int32: the number of its prompt or response, of its group's prompt, its position."""
+        sizes = torch.tensor([size for group in self.lengths for size in group])
+        prompts = torch.tensor([0, *accumulate(map(len, self.lengths))][:-1])
+        own = torch.arange(len(sizes)).repeat_interleave(sizes)
+        prompt = prompts.repeat_interleave(torch.tensor(list(map(sum, self.lengths))))
+        position = torch.cat([positions(group) for group in self.lengths])
+        return torch.stack([own, prompt, position]).to(self.device, torch.int32)
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """Of the whole run, for FlexAttention. Made of all pairs of tokens, L x L bytes that are freed again."""
+        key = ("blocks", window)
+        if key not in self._masks:
+            own, prompt, position = self.pieces
+            # A tensor, not the number: kernels are compiled anew for other numbers.
+            hidden = position - (len(position) if window is None else window)
+
+            def sees(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+                related = (own[column] == own[row]) | (own[column] == prompt[row])
+                return related & (column <= row) & (position[column] > hidden[row])
+
+            self._masks[key] = create_block_mask(sees, None, None, len(own), len(own), self.device)
+        return self._masks[key]
+
 
 def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
     """As kernels want it: they would turn a mask of booleans into this once for each layer, and keep it."""
@@ -106,13 +138,12 @@ def attend(
 
     Raises UnsupportedAttention for whatever else the model asks of its attention (sinks, soft caps, biases).
     """
-    _refuse_what_is_unknown(module, attention_mask, sliding_window, others)
+    refuse_what_is_unknown(module, attention_mask, sliding_window, others)
     prompt_groups.served.add(id(module))
     heads_per_key = query.shape[1] // key.shape[1]
     # Once for all groups; the kernels' own way of sharing keys between heads takes no mask on every device.
     key, value = (part.repeat_interleave(heads_per_key, dim=1) for part in (key, value))
-    longest = max(group[0] + max(group[1:]) for group in prompt_groups.lengths)
-    window = sliding_window if sliding_window is not None and sliding_window < longest else None
+    window = prompt_groups.window(sliding_window)
 
     def kernel(*qkv: Tensor, **options: Any) -> Tensor:
         return F.scaled_dot_product_attention(*qkv, scale=scaling, dropout_p=dropout, **options)
@@ -159,9 +190,10 @@ def _large(groups: PromptGroups, qkv: list[Tensor], window: int | None, kernel: 
     return found
 
 
-def _refuse_what_is_unknown(
+def refuse_what_is_unknown(
     module: nn.Module, attention_mask: Tensor | None, window: int | None, others: dict[str, Any]
 ) -> None:
+    """UnsupportedAttention if the module asks for more than a causal mask and a window; others: further arguments."""
     asked = sorted(name for name, value in others.items() if name not in _KNOWN and value is not None)
     if asked or attention_mask is not None:
         raise UnsupportedAttention(f"its attention takes {asked or ['attention_mask']}")

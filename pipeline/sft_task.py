@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from pipeline.deepspeed_engine import Engine, divided_from_the_start
+from pipeline.kernels import choose_kernels
 from pipeline.launch import Job
 from pipeline.layout import choose_layout
 from pipeline.logps import ResponseLogps, collate, pack
@@ -19,9 +20,9 @@ from pipeline.training import micro_steps_for
 class SftTask:
     """Cross-entropy of the completion tokens, averaged over all completion tokens of the batch."""
 
-    def __init__(self, rows: Path, layout: str) -> None:
-        """layout: "padded", or anything else for one run of sequences."""
-        self.layout, self.rows = layout, rows
+    def __init__(self, rows: Path, layout: str, kernels: dict[str, str]) -> None:
+        """layout: "padded", or anything else for one run of sequences. kernels: which ones train, for the metrics."""
+        self.layout, self.kernels, self.rows = layout, kernels, rows
         table = read_sft(rows)
         self.prompts = [ids.to_numpy() for ids in table["prompt_ids"]]
         self.responses = [ids.to_numpy() for ids in table["response_ids"]]
@@ -57,9 +58,10 @@ def start(job: Job, loop: LoopParams) -> tuple[Engine, SftTask, nn.Module]:
     if loop.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     layout = choose_layout(model, loop.layout, best="packed")
+    kernels = choose_kernels(model, layout, loop)
     model.train()
     engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
-    return engine, SftTask(Path(job.paths["sft"]), layout), model
+    return engine, SftTask(Path(job.paths["sft"]), layout, kernels), model
 
 
 def held_out(job: Job, loop: LoopParams, task: SftTask) -> None:

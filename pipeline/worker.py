@@ -97,6 +97,7 @@ def run_rank(job: Job, work: Path) -> dict[str, Any] | None:
             "seconds": time.perf_counter() - started,
             "resumed_from_step": resumed_from,
             "layout": task.layout,
+            **task.kernels,
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,  # of rank 0, in host memory
             **beside,
         }

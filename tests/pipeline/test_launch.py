@@ -1,11 +1,11 @@
-"""Starting ranks: a second run of the same training is refused before it touches the first one's files."""
+"""Starting ranks: which runs share checkpoints, and that two at once are refused."""
 
 import fcntl
 
 import pytest
 
 from pipeline.errors import RunFailed
-from pipeline.launch import Job, launch
+from pipeline.launch import Job, launch, work_folder
 from pipeline.params import SftParams
 
 
@@ -25,3 +25,29 @@ def test_a_second_run_is_refused_and_leaves_the_first_ones_files_alone(tmp_path)
         "summary.json": "the first run's",
         "history.tsv": "the first run's",
     }
+
+
+TWO = {"ranks": 2, "zero_stage": 2}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "goes_on"),
+    [
+        ({}, {"ranks": 2}, True),  # float32 without ZeRO: every rank holds all
+        ({}, {"checkpoint_every": 7, "keep_checkpoints": 3, "activation_checkpointing": True}, True),
+        (TWO, TWO | {"ranks": 4}, False),
+        (TWO, TWO | {"zero_stage": 1}, False),
+        (TWO, TWO | {"zero_stage": 3}, False),
+        (TWO, TWO | {"zero_stage": 0}, False),
+        (TWO, TWO | {"optimizer_offload": True}, False),
+        ({"dtype": "bfloat16"}, {"dtype": "bfloat16", "ranks": 2}, False),  # ZeRO 1, for its master weights
+    ],
+)
+def test_ranks_and_zero_decide_whether_a_run_goes_on_from_anothers_checkpoints(before, after, goes_on):
+    """Otherwise it begins anew beside them, in a folder that differs in the layout alone, by which it names them."""
+    first, second = (
+        work_folder(Job(kind="sft", title="sft", paths={}, loop=SftParams(**loop).model_dump(), settings={}, seed=0))
+        for loop in (before, after)
+    )
+    assert (first == second) == goes_on
+    assert first.name.partition("-zero")[0] == second.name.partition("-zero")[0]
