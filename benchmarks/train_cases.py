@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -84,6 +85,8 @@ def prepare(
     params["prepare"] |= {"test_share": 0.0}
     params["score"] |= {"dtype": dtype}
     prepare_and_make_model(folder, params)
+    if dtype == "bfloat16":
+        _round_weights(folder / "model/model.safetensors")
     examples = len(PairBatches(folder / "pairs", "padded"))
     params["train"] |= {
         "dtype": dtype,
@@ -102,6 +105,12 @@ def prepare(
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     score_wall = stage(folder, "score", pairs="pairs", model="model", out="logps", metrics="score.json")
     return Case(name, dtype, vocabulary, folder, batch_size, steps, tokens_per_batch, batch_order, score_wall)
+
+
+def _round_weights(file: Path) -> None:
+    """To bf16, as published models are: DeepSpeed's master weights start from rounded ones, those of autocast don't."""
+    rounded = {name: weight.bfloat16().float() for name, weight in load_file(file).items()}
+    save_file(rounded, file, metadata={"format": "pt"})
 
 
 def run_ours(case: Case, layout: str, *, learning_rate: float = LEARNING_RATE, memory: bool = False) -> dict[str, Any]:
