@@ -19,7 +19,7 @@ from train_cases import LAYOUTS, PEERS, Case, prepare, run_ours, run_peer
 
 Found = dict[str, list[dict[str, Any]]]
 
-# Data and the order of its pairs. Pairs of a prompt in one batch is a choice about training: GSM8K is measured both ways.
+# Data and the order of its pairs. Pairs of a prompt in one batch is a choice about training: GSM8K goes both ways.
 CASES = {
     "ultrafeedback": ("ultrafeedback", "examples"),
     "gsm8k": ("gsm8k", "examples"),
