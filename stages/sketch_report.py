@@ -54,7 +54,7 @@ def command(path: Path, null_weights: tuple[float, ...], ridge: float, rows: int
 def _tables(found: dict[str, Any]) -> list[Table]:
     sampled = "all" if found["seed"] is None else f"{found['rows_used']:,} of them, seed {found['seed']}"
     facts = {
-        **{name: found[name] for name in ("path", "reference_id", "mode", "trainable", "rows")},
+        **{name: found[name] for name in ("path", "reference_id", "mode", "source", "trainable", "rows")},
         "rows used": sampled,
         "numbers a row": found["numbers"],
         "effective numbers": found["effective_numbers"] or "exact gradients",
