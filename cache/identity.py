@@ -25,6 +25,9 @@ class Identity(ABC):
 
     mismatch: ClassVar[str]
     values: ClassVar[tuple[type, ...]] = (str, type(None))  # types that a field may have
+    # Fields that came later. Where they are null they are not written: neither the bytes of what was published before
+    # nor an older reader notices them.
+    later: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod
@@ -37,7 +40,7 @@ class Identity(ABC):
         return identity_digest(self.to_dict())
 
     def to_dict(self) -> dict[str, str | int | None]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in self.later}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -45,6 +48,7 @@ class Identity(ABC):
         names = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(names)):
             raise CacheMismatch(f"the identity has the fields {unknown}, unknown to this version; upgrade refcache")
+        values = dict.fromkeys(cls.later) | dict(values)
         wrong = [name for name in names if name not in values or not isinstance(values[name], cls.values)]
         if wrong:
             raise CacheCorrupt(f"the identity lacks {wrong}, or they are of the wrong type")
@@ -52,7 +56,7 @@ class Identity(ABC):
 
     def differences(self, other: "Identity") -> dict[str, tuple[Any, Any]]:
         """{field: (mine, other's)} of the fields that differ, in the order of declaration."""
-        mine, theirs = self.to_dict(), other.to_dict()
+        mine, theirs = asdict(self), asdict(other)
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
 

@@ -19,6 +19,7 @@ from cache.schema import KEY_COLUMN, LOGPS, Kind, refuse
 
 SKETCHES, STAGE = "sketches", "sketch"
 NONE = "none"  # mode of a publication without rows, where no variant needs sketches
+ENGINE = "engine"  # source of sketches that no backward pass made
 AUDIT = "audit"
 SHARD_BYTES, ROW_GROUP_BYTES = 256 << 20, 16 << 20  # before compression; a row may be 50 KB and more
 LARGEST = 15  # exponent: the largest number of a row and group is stored as 2^14 to 2^15, well inside float16
@@ -28,12 +29,13 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class SketchIdentity(Identity):
-    """What determines a sketch. Which hardware, batch or transformers release took the gradient is left out.
+    """What determines a sketch. Which hardware, batch or release of a library took the gradient is left out.
 
     weights, config: as of ReferenceIdentity. trainable: the choice of parameters, canonical JSON. adapter_init: hex
     digest of a fresh LoRA's tensors, or None: gradients of B depend on the random A. mode: "tensorsketch", "exact", or
     "none" with all else None. k: numbers per group, None for exact. audit: numbers of the audit sketch. seed and
-    hash_version: of the hashes. dtype: of weights and activations. groups: {group: numbers}, canonical JSON.
+    hash_version: of the hashes. dtype: of weights and activations. groups: {group: numbers}, canonical JSON. source:
+    None for a backward pass; "engine" for the output head alone, from the states of the engine that scores.
     """
 
     mismatch: ClassVar[str] = (
@@ -41,6 +43,7 @@ class SketchIdentity(Identity):
         "Run `dvc repro sketch`, or set the parameters back."
     )
     values: ClassVar[tuple[type, ...]] = (str, int, type(None))
+    later: ClassVar[tuple[str, ...]] = ("source",)
 
     weights: str | None = None
     config: str | None = None
@@ -53,6 +56,7 @@ class SketchIdentity(Identity):
     hash_version: int | None = None
     dtype: str | None = None
     groups: str | None = None
+    source: str | None = None
 
     @property
     def widths(self) -> dict[str, int]:

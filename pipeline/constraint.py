@@ -11,7 +11,7 @@ import polars as pl
 from cache import CacheIncomplete, KeySet, Sketches, open_sketches
 from cache.key_set import key_array
 from cache.manifest import MANIFEST, file_digest
-from cache.sketches import NONE, canonical_json
+from cache.sketches import ENGINE, NONE, canonical_json
 from pipeline.errors import RequestError
 from pipeline.objective_params import AnyVariant, AuxDPO
 from pipeline.params import Trainable
@@ -21,13 +21,20 @@ from pipeline.prepared_data import PAIR_SIDES
 def open_fitting(path: Path | None, *, weights: str, config: str, trainable: Trainable) -> Sketches:
     """The sketches in `path`, if they are gradients of the model with these digests over what `trainable` names.
 
-    Raises RequestError where there are none, CacheMismatch naming the fields that differ with both values, and as
-    open_sketches. A LoRA's random start is compared when it has been made: `require_adapter`.
+    Raises RequestError where there are none, and where an engine took them of less than what trains; CacheMismatch
+    naming the fields that differ with both values, and as open_sketches. A LoRA's random start is compared when it has
+    been made: `require_adapter`.
     """
     if path is None:
         raise RequestError("auxdpo needs gradient sketches. Name their folder with --sketches.")
     found = _open_filled(path, "auxdpo").identity
     wanted = canonical_json(trainable if isinstance(trainable, str) else trainable.model_dump())
+    if found.source == ENGINE and found.trainable != wanted:
+        raise RequestError(
+            f"{path} holds sketches that the engine took (sketch.source: engine), of {found.trainable} alone, but "
+            f"trainable is {wanted}: the constraint would leave out the rest of the gradient. Set "
+            "sketch.source: gradient and run `dvc repro sketch`."
+        )
     expected = dataclasses.replace(found, weights=weights, config=config, trainable=wanted)
     return open_sketches(path, expect=expected)
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from pipeline.engine_probe import Probe
 from pipeline.errors import EngineFailed
+from pipeline.head_plan import HeadPlan, HeadSketch
 from pipeline.params import ScoreParams
 from pipeline.progress import Advance, activity
 from pipeline.scoring_plan import EngineLength
@@ -31,11 +32,13 @@ _LOOK_SECONDS = 1.0  # between two looks at whether a silent engine is still ali
 
 class Scored(NamedTuple):
     """logps: nats, float32 (response length,) a row. shared_tokens: prompt tokens not computed again, since another
-    row had computed them. rescored: rows whose shared answer failed its check and which were computed alone."""
+    row had computed them. rescored: rows whose shared answer failed its check and which were computed alone. sketches:
+    of the head's gradient, None for rows that it was not asked for."""
 
     logps: list[np.ndarray]
     shared_tokens: int = 0
     rescored: int = 0
+    sketches: Sequence[HeadSketch | None] = ()
 
 
 class EngineProcess:
@@ -79,11 +82,13 @@ class EngineProcess:
         probe: Probe | None = None,
         sampling: bool = False,
         trust_remote_code: bool = False,
+        plan: HeadPlan | None = None,
     ) -> str:
         """Build the engine, wait until it is ready, and return its backend (a key of vllm_backends.BACKENDS).
 
         length: from scoring_plan.engine_length. With a probe the fastest backend is taken that answers it rightly;
-        without one, or with sampling (`generate`), the one that vLLM supports everywhere. Raises EngineFailed.
+        without one, or with sampling (`generate`), the one that vLLM supports everywhere. plan: of sketches that
+        `score` is going to be asked for, which hidden_states alone can give. Raises EngineFailed.
         """
         settings = {
             "model": model.absolute(),
@@ -91,10 +96,13 @@ class EngineProcess:
             "length": length,
             "sampling": sampling,
             "trust_remote_code": trust_remote_code,
+            "plan": plan,
         }
         with activity(f"starting vLLM ({self.log})"):
             on_cpu = self._ask(None, "did not start", None)
             candidates = _backends(self._params, on_cpu=on_cpu, choice=probe is not None and not sampling)
+            if plan is not None:
+                candidates = ["hidden_states"]
             for backend in candidates:
                 try:
                     self._ask(settings | {"backend": backend}, "did not start", None)
@@ -118,13 +126,15 @@ class EngineProcess:
                 f"(allowed {probe.tolerance:g}); scoring with it would fill the reference cache with wrong values"
             )
 
-    def score(self, rows: Sequence[Row], advance: Advance) -> Scored:
+    def score(self, rows: Sequence[Row], advance: Advance, *, sketched: Sequence[bool] | None = None) -> Scored:
         """Log-probs of each response's tokens; advance(rows, tokens) is called meanwhile.
 
-        rows: validated (scoring_plan.check_rows), those of one prompt next to each other. Raises EngineFailed if the
-        engine dies, fails or stays silent.
+        rows: validated (scoring_plan.check_rows), those of one prompt next to each other. sketched: which of them get a
+        sketch as well, of an engine that was loaded with a plan. Raises EngineFailed if the engine dies, fails or stays
+        silent.
         """
-        return Scored(*self._ask(("score", (rows,), {}), "failed while scoring", advance))
+        options = {} if sketched is None else {"sketched": sketched}
+        return Scored(*self._ask(("score", (rows,), options), "failed while scoring", advance))
 
     def generate(
         self,

@@ -23,6 +23,7 @@ from cache.key_set import key_array
 from cache.sketches import AUDIT
 from pipeline.constraint import require_rank
 from pipeline.logps import ResponseLogps, Tokens, collate
+from pipeline.progress import Advance
 
 CHUNK_BYTES = 256 << 20  # of sketches in memory, or on the device, at a time
 DENSE = 4096  # up to this many rows or columns the singular vectors come from a full decomposition
@@ -204,19 +205,26 @@ def _truncate(vectors: Tensor, values: Tensor, rank: int) -> tuple[Tensor, Tenso
 
 
 def exact_penalty(
-    logps: ResponseLogps, sequences: Sequence[tuple[Tokens, Tokens]], coefficients: Tensor, batch_size: int = 8
+    logps: ResponseLogps,
+    sequences: Sequence[tuple[Tokens, Tokens]],
+    coefficients: Tensor,
+    batch_size: int = 8,
+    advance: Advance | None = None,
 ) -> float:
     """||sum_j coefficients_j g_j||^2 by ordinary backward passes over all sequences; nothing is sketched.
 
     logps: of the reference, in which the parameters in question require gradient; theirs are reset. coefficients: (m,),
-    for the penalty's true value weights * delta.
+    for the penalty's true value weights * delta. advance: told of sequences and tokens that are done.
     """
     logps.zero_grad()
     device = next(logps.parameters()).device
     for start in range(0, len(sequences), batch_size):
-        batch = collate(sequences[start : start + batch_size]).to(device)
+        part = sequences[start : start + batch_size]
+        batch = collate(part).to(device)
         each = coefficients[start : start + batch_size].to(device)[batch.rows]
         (logps(*batch) * each.float()).sum().backward()
+        if advance is not None:
+            advance(len(part), sum(len(prompt) + len(response) for prompt, response in part))
     squared = sum(p.grad.double().square().sum().item() for p in logps.parameters() if p.grad is not None)
     logps.zero_grad()
     return squared

@@ -151,6 +151,10 @@ class Offsets:
     def _responses(self, pairs: np.ndarray) -> Tensor:
         return self.sides[torch.from_numpy(pairs).to(self.device)].T
 
+    def coefficients(self) -> Tensor:
+        """c of the constraint's sum_j c_j g_j over all responses, (m,): w_j delta_j, centred if that is wanted."""
+        return self.weights * self._centred(self.weights)
+
     def summary(self) -> dict[str, float]:
         """What the offsets are at the end. Collective.
 
@@ -159,7 +163,7 @@ class Offsets:
         penalty over what it would be if all gradients were orthogonal; 0 in the null space, about 1 for offsets that
         know nothing of gradients.
         """
-        weighted = (self.weights * self._centred(self.weights))[self._rows]
+        weighted = self.coefficients()[self._rows]
         sketched, audited = self._share.combine(weighted), weighted @ self._share.audit
         apart = sum(
             ((weighted[rows, None] * part).double().square().sum() for rows, part in self._share.chunks()),

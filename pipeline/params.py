@@ -240,11 +240,13 @@ class ScoreParams(Section):
 class SketchParams(Section):
     """Gradient sketches of the training responses (docs/sketches.md).
 
-    ranks, batch_tokens, activation_checkpointing: change no number. k, audit: numbers per parameter group, and of the
-    independent audit sketch.
+    ranks, batch_tokens, activation_checkpointing: change no number, and mean nothing to the engine. k, audit: numbers
+    per parameter group, and of the independent audit sketch. source: what takes the gradients: a backward pass over
+    `trainable`, or the engine that scores, which has them for the output head alone.
     """
 
     mode: Literal["none", "tensorsketch", "exact"] = "none"
+    source: Literal["gradient", "engine"] = "gradient"
     k: Annotated[int, Field(ge=2)] = 1024
     audit: Annotated[int, Field(ge=2)] = 256
     seed: NonNegative = 0  # of the hashes
@@ -252,6 +254,16 @@ class SketchParams(Section):
     ranks: Positive = 1  # processes on this machine: GPUs, or CPU processes
     batch_tokens: Positive = 4096  # of prompts and responses, padding included, in one backward
     activation_checkpointing: bool = False
+
+    @property
+    def by_engine(self) -> bool:
+        return self.mode != "none" and self.source == "engine"
+
+    @model_validator(mode="after")
+    def engine_sketches(self) -> Self:
+        if self.by_engine and self.mode == "exact":
+            raise ValueError("source: engine needs mode: tensorsketch; an exact head is as large as the vocabulary")
+        return self
 
 
 class EvaluateParams(Section):
@@ -290,11 +302,29 @@ class Params(Section):
                 f"sweep.variants has {needing}, which need gradient sketches; set sketch.mode to tensorsketch (or to "
                 "exact, for a small LoRA), found none"
             )
+        if self.sketch.by_engine:
+            _check_engine_sketches(self.sketch, self.score, self.trainable, needing)
         if self.prepare.sft.source == "none" and self.sft.epochs > 0:
             raise ValueError("prepare.sft.source: none leaves nothing to train on; set sft.epochs: 0")
         if self.model.scratch is not None and self.sft.epochs == 0:
             raise ValueError("model.scratch has random weights; set sft.epochs above 0 or give model.name")
         return self
+
+
+def _check_engine_sketches(sketch: SketchParams, score: ScoreParams, trainable: Trainable, needing: list[str]) -> None:
+    """Raise ValueError where the engine that scores can't give these sketches, or nobody could train with them."""
+    found = "sketch.source: engine takes the head's gradient from the states of the engine that scores; found"
+    if sketch.dtype != score.dtype:
+        raise ValueError(f"{found} sketch.dtype {sketch.dtype} and score.dtype {score.dtype}. Set them to one value")
+    if score.quantization is not None:
+        raise ValueError(f"{found} score.quantization {score.quantization}, whose states are not those of the weights")
+    if score.backend not in ("auto", "hidden_states"):
+        raise ValueError(f"{found} score.backend {score.backend}, which has no states. Set auto or hidden_states")
+    if needing and trainable != "head":
+        raise ValueError(
+            f"sweep.variants has {needing}, which need the gradients of all that trains (trainable: {trainable}), but "
+            "sketch.source: engine has those of the output head alone. Set sketch.source: gradient"
+        )
 
 
 def variant_loop(train: TrainParams, name: str) -> TrainParams:

@@ -71,6 +71,7 @@ def repair_sketches(
     metrics: Path,
     params: SketchParams,
     trainable: Trainable,
+    score: ScoreParams | None = None,
     trust_remote_code: bool = False,
 ) -> Repair:
     """Make the published sketches at `path` sound, as `repair_reference` does; raises as it and `sketch_responses`."""
@@ -78,7 +79,7 @@ def repair_sketches(
     identity = sketch_identity(model, **options)
 
     def sketch() -> dict[str, Any]:
-        return sketch_responses(pairs=pairs, model=model, out=path, metrics=metrics, **options)
+        return sketch_responses(pairs=pairs, model=model, out=path, metrics=metrics, score=score, **options)
 
     return _repair(path, identity, sketch_journal_folder(), sketch)
 

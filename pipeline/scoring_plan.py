@@ -14,6 +14,7 @@ from pipeline.errors import RequestError
 from pipeline.params import ScoreParams
 
 ROW_COLUMNS = ["response_key", "prompt_key", "prompt_ids", "response_ids"]
+SKETCHED = "sketched"  # a column beside them: whether the engine sketches the row's head gradient, if it does so at all
 
 
 class ModelLimits(NamedTuple):

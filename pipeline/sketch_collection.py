@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.chunked_head import ChunkedHead, causal_model
 from pipeline.errors import RequestError, RunFailed
+from pipeline.head_sketches import log_prob_gradient
 from pipeline.logps import TokenBatch, Tokens, collate
 from pipeline.sketch_groups import Layer, Layout, find_layout
 from pipeline.sketch_maths import CHUNK_NUMBERS, Sums, gram_is_cheaper, lookup_squared_norm, squared_norms
@@ -137,7 +138,7 @@ class GradientCollector:
             positions, targets = batch.places[mine] - row * batch.input_ids.shape[1], batch.targets[mine]
             inputs = hidden[row, positions]
             with torch.no_grad():
-                logps, delta = _log_prob_gradient(head, inputs, targets)
+                logps, delta = log_prob_gradient(head, inputs, targets)
                 sums[row] = logps.sum(dtype=torch.float64)
                 gradient[row, positions] = delta.to(inputs.dtype) @ head.weight
                 if "bias" in names:
@@ -219,20 +220,6 @@ class GradientCollector:
             f"A {type(module).__name__} was given an input of shape {tuple(x.shape)}, expected the {self.n} examples "
             "of the batch first, then their tokens. Choose a `trainable` without such layers."
         )
-
-
-def _log_prob_gradient(head: ChunkedHead, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs (T,) of `targets` and their gradient with respect to the head's linear output, (T, vocabulary)."""
-    logits = F.linear(inputs, head.weight, head.bias).float() * head.scale
-    slope = head.scale
-    if head.softcap is not None:
-        capped = torch.tanh(logits / head.softcap)
-        logits, slope = head.softcap * capped, head.scale * (1 - capped.square())
-    logps = logits.log_softmax(dim=-1)
-    delta = -logps.exp()
-    here = torch.arange(len(targets), device=targets.device)
-    delta[here, targets] += 1
-    return logps[here, targets], delta * slope
 
 
 def _forward_of(layer: Layer, collector: GradientCollector) -> Callable[..., Tensor]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from cache import KeySet, Sketches, SketchIdentity, open_sketches
 from cache.sketches import AUDIT, NONE, group_values, scale_column
+from pipeline.engine_sketching import HEAD_PART, HEAD_PART_ONLY
 from pipeline.errors import RequestError
 from pipeline.progress import progress_bar
 from pipeline.sketch_spectrum import (
@@ -71,6 +72,7 @@ def report_sketches(
         "path": str(path),
         "reference_id": sketches.identity.reference_id,
         "mode": sketches.identity.mode,
+        "source": sketches.identity.source or "gradient",
         "trainable": sketches.identity.trainable,
         "rows": sketches.n_rows,
         "rows_used": len(chosen),
@@ -202,6 +204,8 @@ def _warnings(content: dict[str, Any]) -> Iterator[str]:
     penalty, suggested = content["penalties"][-1], content["suggested"]
     weight, all_rows = f"null_weight {penalty['null_weight']:g}", content["rows_used"] == content["rows"]
     dimension, rows = penalty["dimension"], f"{content['rows_used']:,}"
+    if HEAD_PART in content["groups"]:
+        yield HEAD_PART_ONLY
     if content["effective_numbers"] and penalty["measured_ratio"] < (ENOUGH if dimension is None else POOR):
         found = "above what it can tell" if dimension is None else f"{dimension:,.0f}"
         yield (

@@ -1,8 +1,9 @@
 """Fill the sketches: find what is missing, take its gradients batch by batch, journal every batch, publish."""
 
 import json
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,15 @@ import polars as pl
 from cache import Journal, KeySet, SketchIdentity, locate, open_sketches, publish_reference
 from cache.identity import record_identity
 from cache.sketches import AUDIT, NONE, sketches_table
+from pipeline.engine_sketching import HEAD_PART_ONLY, HeadSketches, head_sketches, sketch_by_engine
 from pipeline.errors import RequestError
-from pipeline.params import SketchParams, Trainable
+from pipeline.params import ScoreParams, SketchParams, Trainable
 from pipeline.prepared_data import scan_responses
 from pipeline.progress import activity, progress_bar
 from pipeline.publication import publish_needed, sound_reference
 from pipeline.scoring_plan import ROW_COLUMNS, check_rows, model_limits, row_tokens
 from pipeline.sketch_ranks import RankJob, Sequences, sketch_on_ranks
+from pipeline.weights import config_digest, weights_digest
 from pipeline.workspace import sketch_journal_folder
 
 if TYPE_CHECKING:
@@ -30,9 +33,11 @@ if TYPE_CHECKING:
 def sketch_identity(
     model: Path, *, params: SketchParams, trainable: Trainable, trust_remote_code: bool = False
 ) -> SketchIdentity:
-    """Of what `sketch_responses` would publish. Loads the model, since what trains in it is part of the identity."""
+    """Of what `sketch_responses` would publish. For a backward pass loads the model: what trains in it belongs here."""
     if params.mode == NONE:
         return SketchIdentity(mode=NONE)
+    if params.by_engine:
+        return _of_head(model, params, trust_remote_code).identity
     return _load(model, params, trainable, trust_remote_code).identity(model)
 
 
@@ -41,6 +46,12 @@ def _load(model: Path, params: SketchParams, trainable: Trainable, trust_remote_
         from pipeline.sketcher import load_sketcher  # seconds of torch and transformers, for these modes alone
 
         return load_sketcher(model, params, trainable, trust_remote_code=trust_remote_code)
+
+
+def _of_head(model: Path, params: SketchParams, trust_remote_code: bool) -> HeadSketches:
+    with activity(f"digesting {model}"):
+        digests = {"weights": weights_digest(model), "config": config_digest(model)}
+        return head_sketches(model, params, **digests, trust_remote_code=trust_remote_code)
 
 
 @dataclass
@@ -60,13 +71,15 @@ def sketch_responses(
     metrics: Path,
     params: SketchParams,
     trainable: Trainable,
+    score: ScoreParams | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Make `out` hold the gradient sketches of exactly the training responses in `pairs`; returns the metrics' content.
 
     Only rows that neither `out` nor the journal holds are sketched. With mode "none" `out` says that there are none.
-    Raises RequestError for rows that the model can't take and for a `trainable` that can't be sketched, RunFailed for
-    gradients that are not finite, CacheLocked while another process sketches.
+    score: the engine, for source "engine"; None for its defaults. Raises RequestError for rows that the model can't
+    take and for a `trainable` that can't be sketched, RunFailed for gradients that are not finite and rows that end
+    engines, CacheLocked while another process sketches.
     """
     if params.mode == NONE:
         identity = SketchIdentity(mode=params.mode)
@@ -76,8 +89,7 @@ def sketch_responses(
     if responses.is_empty():
         raise RequestError(f"{pairs} has no training responses to sketch. Add pairs, or lower prepare.test_share.")
     check_rows(responses, model_limits(model, trust_remote_code=trust_remote_code), model)
-    sketcher = _load(model, params, trainable, trust_remote_code)
-    identity = sketcher.identity(model)
+    identity, sketch = _source(model, params, trainable, score or ScoreParams(dtype=params.dtype), trust_remote_code)
     needed = KeySet(responses["response_key"])
     with Journal(sketch_journal_folder() / identity.reference_id, identity.kind) as journal:
         record_identity(journal.path.parent, identity)
@@ -86,10 +98,28 @@ def sketch_responses(
         if published:
             absent -= published.key_set()
         missing = responses.filter(locate(responses["response_key"], absent.array) >= 0)
-        job = RankJob(model, params, trainable, trust_remote_code)
-        work = _sketch_missing(missing, sketcher, journal, job) if len(missing) else _Work()
+        work = sketch(missing, journal) if len(missing) else _Work()
         publish_needed(out, needed, [journal, *([published] if published else [])], identity)
     return _write(metrics, _summary(out, identity, responses, work))
+
+
+def _source(
+    model: Path, params: SketchParams, trainable: Trainable, score: ScoreParams, trust_remote_code: bool
+) -> tuple[SketchIdentity, Callable[[pl.DataFrame, Journal], _Work]]:
+    """The identity of the sketches, and what computes and journals missing ones."""
+    if params.by_engine:
+        head = _of_head(model, params, trust_remote_code)
+        if head.tied:
+            print(f"Warning: {model}: {HEAD_PART_ONLY}", file=sys.stderr)
+
+        def by_engine(missing: pl.DataFrame, journal: Journal) -> _Work:
+            seconds = sketch_by_engine(missing, model, head, score, journal, trust_remote_code=trust_remote_code)
+            return _Work(len(missing), row_tokens(missing), seconds)
+
+        return head.identity, by_engine
+    sketcher = _load(model, params, trainable, trust_remote_code)
+    job = RankJob(model, params, trainable, trust_remote_code)
+    return sketcher.identity(model), lambda missing, journal: _sketch_missing(missing, sketcher, journal, job)
 
 
 def _sketch_missing(missing: pl.DataFrame, sketcher: "Sketcher", journal: Journal, job: RankJob) -> _Work:
@@ -140,6 +170,7 @@ def _summary(out: Path, identity: SketchIdentity, responses: pl.DataFrame, work:
     per_second = 1 / work.seconds if work.seconds else 0.0
     return {
         "mode": identity.mode,
+        "source": identity.source or "gradient",
         "responses": len(responses),
         "rows_sketched": work.rows,
         "rows_reused": len(responses) - work.rows,

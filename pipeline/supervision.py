@@ -15,12 +15,21 @@ from typing import NamedTuple, Self
 
 import polars as pl
 
-from pipeline.engine_probe import Probe
+from pipeline.engine_probe import Probe, make_probe
 from pipeline.engine_process import EngineProcess, Row, Scored
 from pipeline.errors import EngineFailed, RunFailed
+from pipeline.head_plan import HeadPlan
 from pipeline.params import ScoreParams
 from pipeline.progress import Advance
-from pipeline.scoring_plan import EngineLength, calls, engine_rows
+from pipeline.scoring_plan import (
+    SKETCHED,
+    EngineLength,
+    ModelLimits,
+    calls,
+    engine_length,
+    engine_rows,
+    longest_row,
+)
 from pipeline.workspace import log_file
 
 DEATHS_OF_A_ROW = 3
@@ -31,7 +40,7 @@ STARTS = 2  # attempts at one replacement
 
 
 class ScoredCall(NamedTuple):
-    """rows: columns of scoring_plan.ROW_COLUMNS; inputs and answer.logps are in their order."""
+    """rows: columns of scoring_plan.ROW_COLUMNS; inputs, answer.logps and any answer.sketches are in their order."""
 
     rows: pl.DataFrame
     inputs: list[Row]
@@ -59,16 +68,35 @@ class SupervisedEngine:
         self._model, self._params, self._trust_remote_code = model, params, trust_remote_code
         self._length: EngineLength | None = None
         self._probe: Probe | None = None
+        self._plan: HeadPlan | None = None
         self._deaths = self._deaths_since_answer = 0
         for old in log_file("score").parent.glob("score.*.log"):
             old.unlink()  # of an earlier run, which would pass for this one's
         self._engine: EngineProcess | None = self._start()
 
-    def load(self, length: EngineLength, probe: Probe) -> str:
-        """Build the engine and return its backend. One that fails now would fail again: EngineFailed is final here."""
-        self._length, self._probe = length, probe
+    def load_for(self, rows: pl.DataFrame, limits: ModelLimits, plan: HeadPlan | None = None) -> str:
+        """Build the engine for `rows`, which the model can take, check it by a probe, and return its backend.
+
+        plan: of sketches for the rows that are marked in their column SKETCHED. An engine that fails now would fail
+        again: EngineFailed is final here. Raises RequestError for lengths that the params don't allow.
+        """
+        length = engine_length(longest_row(rows), limits, self._params, what="responses with their prompts")
+        probe = make_probe(
+            self._model,
+            vocabulary=limits.vocabulary,
+            longest=length.max_model_len - 1,
+            dtype=self._params.dtype,
+            quantization=self._params.quantization,
+            trust_remote_code=self._trust_remote_code,
+        )
+        return self._load(length, probe, plan)
+
+    def _load(self, length: EngineLength, probe: Probe, plan: HeadPlan | None) -> str:
+        self._length, self._probe, self._plan = length, probe, plan
         assert self._engine is not None
-        backend = self._engine.load(self._model, length, probe=probe, trust_remote_code=self._trust_remote_code)
+        backend = self._engine.load(
+            self._model, length, probe=probe, trust_remote_code=self._trust_remote_code, plan=plan
+        )
         # Its replacements answer in the same way, and don't try again what was refused.
         self._params = self._params.model_copy(update={"backend": backend})
         return backend
@@ -84,7 +112,10 @@ class SupervisedEngine:
             inputs, progress = engine_rows(rows), _Revocable(advance)
             engine = self._engine or self._replace()
             try:
-                answer = engine.score(inputs, progress)
+                if self._plan is None:
+                    answer = engine.score(inputs, progress)
+                else:
+                    answer = engine.score(inputs, progress, sketched=rows[SKETCHED].to_list())
             except EngineFailed as error:
                 progress.revoke()
                 self._engine = None
@@ -133,7 +164,7 @@ class SupervisedEngine:
             self.restarts += 1
             engine = self._engine = self._start()
             try:
-                self.load(self._length, self._probe)
+                self._load(self._length, self._probe, self._plan)
                 return engine
             except EngineFailed as error:
                 self._engine, failure = None, error

@@ -12,6 +12,8 @@ import torch
 from vllm import PoolingParams, SamplingParams
 from vllm.config import PoolerConfig
 
+from pipeline.head_plan import HeadPlan, HeadSketch
+from pipeline.head_sketches import HeadSketcher
 from pipeline.output_head import load_output_head
 from pipeline.prompt_logprobs import response_logps
 from pipeline.scoring_plan import model_limits
@@ -23,7 +25,10 @@ _BYTES_PER_LOGIT = 32  # measured 24: logits, log-probs and what ranking them ta
 class Backend(ABC):
     """What to tell the engine, what to ask for a row, and how to read the answer."""
 
-    def __init__(self, model: Path, *, trust_remote_code: bool) -> None:
+    def __init__(self, model: Path, *, trust_remote_code: bool, plan: HeadPlan | None = None) -> None:
+        """plan: sketches of the head's gradient to give beside log-probs; only HiddenStates can."""
+        if plan is not None:
+            raise ValueError(f"{type(self).__name__} has no hidden states, so it can't sketch the head's gradient")
         self.vocabulary = model_limits(model, trust_remote_code=trust_remote_code).vocabulary
 
     def begin_pass(self, block_size: int) -> None:
@@ -53,6 +58,12 @@ class Backend(ABC):
     @abstractmethod
     def read(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
         """Log-probs of the last computed tokens of the response, nats, float32, (<= response length,)."""
+
+    def read_sketch(
+        self, output: Any, prompt: np.ndarray, response: np.ndarray
+    ) -> tuple[np.ndarray, HeadSketch | None]:
+        """As `read`, with the sketch of the whole response where every token of it was computed."""
+        raise NotImplementedError
 
 
 class PromptLogprobs(Backend):
@@ -107,11 +118,12 @@ class HiddenStates(Backend):
     CHUNK_TOKENS: ClassVar[int] = 1024
     KEPT_ENDS: ClassVar[int] = 2  # of a response's first blocks; siblings seldom begin alike for longer
 
-    def __init__(self, model: Path, *, trust_remote_code: bool) -> None:
+    def __init__(self, model: Path, *, trust_remote_code: bool, plan: HeadPlan | None = None) -> None:
         super().__init__(model, trust_remote_code=trust_remote_code)
         chunk = max(16, min(self.CHUNK_TOKENS, LOGITS_BYTES // (_BYTES_PER_LOGIT * self.vocabulary)))
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.head = load_output_head(model, chunk, trust_remote_code=trust_remote_code).to(self.device)
+        self.sketcher = HeadSketcher(self.head, plan) if plan is not None else None
         # States at the ends of blocks, by the tokens before them: what predicts the first token behind skipped blocks.
         self._ends: dict[tuple[bytes, bytes], torch.Tensor] = {}
 
@@ -133,22 +145,36 @@ class HiddenStates(Backend):
         return PoolingParams(task="token_embed", use_activation=False, skip_reading_prefix_cache=not share)
 
     def read(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return self.head(*self._predicting(output, prompt, response)).cpu().numpy()  # type: ignore[no-any-return]
+
+    def read_sketch(
+        self, output: Any, prompt: np.ndarray, response: np.ndarray
+    ) -> tuple[np.ndarray, HeadSketch | None]:
+        assert self.sketcher is not None
+        with torch.inference_mode():
+            predicting, targets = self._predicting(output, prompt, response)
+            if len(targets) < len(response):
+                return self.head(predicting, targets).cpu().numpy(), None
+            logps, sketch = self.sketcher(predicting, targets)
+            return logps.cpu().numpy(), sketch
+
+    def _predicting(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states that predict the last computed tokens of the response, (n, hidden) float32, and these, (n,)."""
         states = output.outputs.data
         # After a preemption vLLM may return states twice; any disagreement means: don't trust, score again.
-        if len(states) != len(prompt) + len(response) - output.num_cached_tokens:
-            return np.empty(0, np.float32)
-        computed = computed_tokens(output, prompt, response)
+        trusted = len(states) == len(prompt) + len(response) - output.num_cached_tokens
+        computed = computed_tokens(output, prompt, response) if trusted else 0
         # The state at a token predicts the next one, so the last state predicts nothing of ours.
         predicting = states[len(states) - 1 - computed : len(states) - 1]
-        self._keep_ends(states, output.num_cached_tokens, prompt, response)
-        skipped = len(response) - computed
-        if skipped:
-            before = self._ends.get((prompt.tobytes(), response[: skipped - 1].tobytes()))
+        if trusted:
+            self._keep_ends(states, output.num_cached_tokens, prompt, response)
+            skipped = len(response) - computed
+            before = self._ends.get((prompt.tobytes(), response[: skipped - 1].tobytes())) if skipped else None
             if before is not None:
                 predicting, computed = torch.cat([before[None], predicting]), computed + 1
-        with torch.inference_mode():
-            targets = torch.from_numpy(response[len(response) - computed :].astype(np.int64))
-            return self.head(predicting.to(self.device, torch.float32), targets.to(self.device)).cpu().numpy()
+        targets = torch.from_numpy(response[len(response) - computed :].astype(np.int64))
+        return predicting.to(self.device, torch.float32), targets.to(self.device)
 
     def _keep_ends(self, states: torch.Tensor, first: int, prompt: np.ndarray, response: np.ndarray) -> None:
         """states: those at positions `first` and after it of prompt and response, (n, hidden)."""

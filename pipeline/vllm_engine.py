@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from pipeline.head_plan import HeadPlan, HeadSketch
 from pipeline.params import ScoreParams
 from pipeline.scoring_plan import EngineLength
 from pipeline.shared_prompts import complete, prompt_salt
@@ -37,6 +38,7 @@ class VLLMEngine:
     """One model in one in-process vLLM engine. Not safe to use again after any exception: discard the process.
 
     backend: how log-probs are read, a key of vllm_backends.BACKENDS. sampling: whether `generate` will be called.
+    plan: of the sketches that `score` can be asked for.
     """
 
     def __init__(
@@ -48,10 +50,11 @@ class VLLMEngine:
         backend: str,
         sampling: bool,
         trust_remote_code: bool,
+        plan: HeadPlan | None = None,
     ) -> None:
         if length.beyond_limit:
             os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # safe by one; see scoring_plan.engine_length
-        self.backend = BACKENDS[backend](model, trust_remote_code=trust_remote_code)
+        self.backend = BACKENDS[backend](model, trust_remote_code=trust_remote_code, plan=plan)
         arguments = {
             "model": str(model),
             "dtype": params.dtype,
@@ -74,22 +77,32 @@ class VLLMEngine:
         self.block_size = self.engine.vllm_config.cache_config.block_size
         self._requests = self._passes = 0
 
-    def score(self, rows: Sequence[Row], on_finished: OnFinished) -> tuple[list[np.ndarray], int, int]:
-        """The fields of engine_process.Scored."""
-        tails, shared = self._answers(rows, on_finished, share=True)
+    def score(
+        self, rows: Sequence[Row], on_finished: OnFinished, *, sketched: Sequence[bool] | None = None
+    ) -> tuple[list[np.ndarray], int, int, list[HeadSketch | None]]:
+        """The fields of engine_process.Scored. sketched: whether a row's head gradient is wanted as well; None: none.
+
+        A response whose beginning another one computed has its log-probs from there; a sketch, a sum over all tokens,
+        can't be put together so, and the row is computed alone.
+        """
+        wanted = sketched or [False] * len(rows)
+        tails, sketches, shared = self._answers(rows, wanted, on_finished, share=True)
         found = complete(rows, tails)
-        again = [index for index, logps in enumerate(found) if logps is None]
-        alone, _ = self._answers([rows[index] for index in again], None, share=False)
-        for index, logps in zip(again, alone, strict=True):
+        again = [
+            index for index, logps in enumerate(found) if logps is None or (wanted[index] and sketches[index] is None)
+        ]
+        alone, theirs, _ = self._answers([rows[i] for i in again], [wanted[i] for i in again], None, share=False)
+        for index, logps, sketch in zip(again, alone, theirs, strict=True):
             if len(logps) != len(rows[index][1]):
                 raise ValueError(f"vLLM gave log-probs for {len(logps)} of {len(rows[index][1])} response tokens")
-            found[index] = logps
-        return found, shared, len(again)
+            found[index], sketches[index] = logps, sketch
+        return found, shared, len(again), sketches
 
     def _answers(
-        self, rows: Sequence[Row], on_finished: OnFinished | None, *, share: bool
-    ) -> tuple[list[np.ndarray], int]:
-        """Log-probs of the last tokens of each response, as many as the engine computed, and the tokens it skipped."""
+        self, rows: Sequence[Row], wanted: Sequence[bool], on_finished: OnFinished | None, *, share: bool
+    ) -> tuple[list[np.ndarray], list[HeadSketch | None], int]:
+        """Of each response: log-probs of the last tokens, as many as the engine computed, and the sketch where it is
+        wanted and all were; and the tokens that the engine skipped."""
         # Never shared with earlier passes: their responses may begin like ours, and what they were is forgotten.
         self._passes += 1
         self.backend.begin_pass(self.block_size)
@@ -104,15 +117,19 @@ class VLLMEngine:
             for prompt, response in rows
         ]
         tails: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
+        sketches: list[HeadSketch | None] = [None] * len(rows)
         shared = 0
         for index, output in self._finished(requests):
             prompt, response = rows[index]
             # Read at once: a backend's answer may be far larger than the log-probs in it.
-            tails[index] = self.backend.read(output, prompt, response)
+            if wanted[index]:
+                tails[index], sketches[index] = self.backend.read_sketch(output, prompt, response)
+            else:
+                tails[index] = self.backend.read(output, prompt, response)
             shared += output.num_cached_tokens or 0
             if on_finished is not None:
                 on_finished(1, len(prompt) + len(response))
-        return tails, shared
+        return tails, sketches, shared
 
     def generate(
         self,

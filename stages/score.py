@@ -23,6 +23,7 @@ def command(params: "Params", pairs: Path, model: Path, out: Path, metrics: Path
     Only responses that were not scored before are scored; a killed run goes on where it was. Responses that can't be
     scored are named with their line of the input, all others are scored, and nothing is published. The log-probs are
     written as Parquet with the reference's identity, and a sample is compared with the trainer's own forward (drift).
+    With sketch.source engine, the same pass sketches the output head's gradient for the sketch stage.
 
     \b
     Example:
@@ -40,6 +41,7 @@ def command(params: "Params", pairs: Path, model: Path, out: Path, metrics: Path
         trainer_dtype=params.train.dtype,
         drift_tolerance=params.train.drift_tolerance,
         trust_remote_code=params.model.trust_remote_code,
+        sketch=params.sketch,
     )
     click.echo(_line(summary))
 
@@ -47,9 +49,11 @@ def command(params: "Params", pairs: Path, model: Path, out: Path, metrics: Path
 def _line(summary: dict[str, Any]) -> str:
     speed = f" at {summary['tokens_per_second']:,.0f} tokens/s" if summary["rows_scored"] else ""
     again = f", {summary['rows_rescored']:,} of them twice" if summary["rows_rescored"] else ""
+    sketched = f", {summary['rows_sketched']:,} sketched" if summary["rows_sketched"] else ""
     restarts = f", {summary['engine_restarts']} engines replaced" if summary["engine_restarts"] else ""
     drift = summary["drift"]["per_sequence"]
     return (
-        f"score: {summary['rows_scored']:,} rows scored{speed}{again}, {summary['rows_reused']:,} reused{restarts}; "
-        f"drift {drift['max']:.2g} nats a sequence at most (typical margin {summary['drift']['typical_margin']:.3g})"
+        f"score: {summary['rows_scored']:,} rows scored{speed}{again}{sketched}, {summary['rows_reused']:,} reused"
+        f"{restarts}; drift {drift['max']:.2g} nats a sequence at most "
+        f"(typical margin {summary['drift']['typical_margin']:.3g})"
     )

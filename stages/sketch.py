@@ -22,7 +22,7 @@ def command(params: "Params", pairs: Path, model: Path, out: Path, metrics: Path
 
     Only responses that were not sketched before are sketched; a killed run goes on where it was. The sketches are
     written as Parquet with everything that determines them. With sketch.mode none, the default, the folder says that
-    there are none.
+    there are none. With sketch.source engine they are of the output head alone, and `score` has taken them on its way.
 
     \b
     Example:
@@ -38,6 +38,7 @@ def command(params: "Params", pairs: Path, model: Path, out: Path, metrics: Path
         metrics=metrics,
         params=params.sketch,
         trainable=params.trainable,
+        score=params.score,
         trust_remote_code=params.model.trust_remote_code,
     )
     click.echo(_line(summary))

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from stages.options import default_path_option
 from stages.tables import Table, echo_tables, show
 
 
@@ -24,21 +25,57 @@ from stages.tables import Table, echo_tables, show
 )
 @click.option("--rows", default=2048, show_default=True, help="Rows of the spectrum, at most 8,192; more are sampled.")
 @click.option("--seed", default=0, show_default=True, help="Of that sample.")
+@click.option("--offsets", type=click.Path(path_type=Path), help="A policy's offsets.parquet, to be measured as well.")
+@click.option(
+    "--trained",
+    type=click.Path(path_type=Path),
+    help="With --offsets: train.json of that run.  [default: results/NAME/train.json, NAME the policy's folder]",
+)
+@default_path_option("--pairs", "data/prepared/pairs", "With --offsets: the pairs of that run.")
+@default_path_option("--model", "models/reference", "With --exact: the reference.")
+@click.option(
+    "--exact", is_flag=True, help="With --offsets: the true penalty too, by one epoch of reference gradients."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write as well.")
-def command(path: Path, null_weights: tuple[float, ...], ridge: float, rows: int, seed: int, out: Path | None) -> None:
+def command(
+    path: Path,
+    null_weights: tuple[float, ...],
+    ridge: float,
+    rows: int,
+    seed: int,
+    offsets: Path | None,
+    trained: Path | None,
+    pairs: Path,
+    model: Path,
+    exact: bool,
+    out: Path | None,
+) -> None:
     """Report on the sketches in folder PATH: spectrum, effective dimension, errors, and how large they should be.
 
     Measured errors compare with what is exact or independent: the norms stored with each row, and the audit sketch.
     Memory is 32 bytes times the square of --rows, and 128 MiB (exact gradients: up to 1 GB).
 
+    With --offsets also how far AuxDPO's trained offsets are from the null space: ||sum_j w_j delta_j g_j||^2, weighted
+    and centred as in training, by the sketch, by the audit and, with --exact, without any sketch.
+
     \b
     Example:
       refcache sketch-report data/reference/sketches
       refcache sketch-report data/reference/sketches --null-weight 1 --null-weight 100 --out results/sketch/report.json
+      refcache sketch-report data/reference/sketches --offsets models/policies/auxdpo-0/offsets.parquet --exact
     """
+    if exact and offsets is None:
+        raise click.UsageError("--exact measures trained offsets; name their file with --offsets.")
     from pipeline.sketch_report import report_sketches, write_report
 
     found = report_sketches(path, null_weights=null_weights, ridge=ridge, rows=rows, seed=seed)
+    if offsets is not None:
+        from pipeline.offset_report import report_offsets  # torch, which the rest does without
+
+        trained = trained or Path("results") / offsets.parent.name / "train.json"
+        measured = report_offsets(path, offsets, trained=trained, pairs=pairs, model=model if exact else None)
+        found["warnings"] += measured.pop("warnings")
+        found["offsets"] = measured
     if out is not None:
         write_report(found, out)
     echo_tables(list(_tables(found)))
@@ -54,7 +91,7 @@ def command(path: Path, null_weights: tuple[float, ...], ridge: float, rows: int
 def _tables(found: dict[str, Any]) -> list[Table]:
     sampled = "all" if found["seed"] is None else f"{found['rows_used']:,} of them, seed {found['seed']}"
     facts = {
-        **{name: found[name] for name in ("path", "reference_id", "mode", "trainable", "rows")},
+        **{name: found[name] for name in ("path", "reference_id", "mode", "source", "trainable", "rows")},
         "rows used": sampled,
         "numbers a row": found["numbers"],
         "effective numbers": found["effective_numbers"] or "exact gradients",
@@ -81,7 +118,31 @@ def _tables(found: dict[str, Any]) -> list[Table]:
         ("Relative errors of squared norms, row by row", ["", "predicted", "measured", "mean", "worst"], errors),
         ("Offsets fitted to the sketch", list(names.values()), penalties),
     ]
+    if "offsets" in found:
+        tables.append(
+            ("Trained offsets", ["field", "value"], [[_OFFSETS[name], show(v)] for name, v in _measured(found)])
+        )
     return [table for table in tables if table[2]]
+
+
+_OFFSETS = {
+    "path": "path",
+    "responses": "responses",
+    "constraint": "constraint in training",
+    "null_weight": "null_weight",
+    "weights": "weights",
+    "centred": "centred",
+    "rms": "rms",
+    "penalty": "penalty by the sketch",
+    "penalty_audit": "by the audit",
+    "penalty_exact": "in truth",
+    "null_ratio": "null_ratio",
+}
+
+
+def _measured(found: dict[str, Any]) -> list[tuple[str, Any]]:
+    measured = found["offsets"]
+    return [(name, measured[name]) for name in _OFFSETS if measured[name] is not None]
 
 
 def _dimension(value: float | None) -> str:

@@ -109,6 +109,7 @@ def _repair_sketches(path: Path, *, drift: bool, params: "Params", metrics: Path
         metrics=metrics or Path("results/sketch/metrics.json"),
         params=params.sketch,
         trainable=params.trainable,
+        score=params.score,
         trust_remote_code=params.model.trust_remote_code,
         **options,
     )

@@ -166,6 +166,16 @@ def test_sketches_of_anything_else_are_refused_with_both_values(tmp_path, field,
         assert part in str(caught.value)
 
 
+def test_the_source_is_written_only_where_an_engine_took_them(tmp_path):
+    """It came after version 1's first publications, whose bytes and digests must not change."""
+    assert "source" not in IDENTITY.to_dict() and SketchIdentity.from_dict(IDENTITY.to_dict()) == IDENTITY
+    by_engine = replace(IDENTITY, source="engine")
+    assert SketchIdentity.from_dict(by_engine.to_dict()) == by_engine
+    publish_reference(tmp_path, make_rows(0, 3), by_engine)
+    with pytest.raises(CacheMismatch, match="source: found engine, expected none"):
+        open_sketches(tmp_path, expect=IDENTITY)
+
+
 def test_sketches_and_log_probs_are_never_taken_for_each_other(tmp_path):
     publish_reference(tmp_path / "sketches", make_rows(0, 3), IDENTITY)
     publish_reference(tmp_path / "logps", logps_rows.make_rows(0, 3), logps_rows.identity())

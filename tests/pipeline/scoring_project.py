@@ -6,12 +6,14 @@ import pyarrow as pa
 import pytest
 
 from cache import Journal, prompt_key, response_key
-from pipeline.params import ScoreParams
+from pipeline.params import ScoreParams, SketchParams
 from pipeline.prepared_data import PAIRS_SCHEMA, RESPONSES_SCHEMA, write_table
 from pipeline.scoring import score_responses
+from pipeline.sketching import sketch_responses
 from pipeline.weights import reference_identity
 
 PARAMS = ScoreParams(enforce_eager=True, rows_per_call=6, drift_sample=8)
+SKETCH = SketchParams(mode="tensorsketch", source="engine", k=64, audit=32)
 
 
 def write_prepared(folder, rows):
@@ -51,6 +53,7 @@ class Project:
         self.root, self.model, self.rows = root, model, rows
         self.pairs = write_prepared(root / "pairs", rows)
         self.out, self.metrics, self.home = root / "logps", root / "metrics.json", root / "home"
+        self.sketches = root / "sketches"
 
     def score(self, pairs=None, **changes):
         options = {"params": PARAMS, "trainer_dtype": "float32"} | changes
@@ -58,6 +61,15 @@ class Project:
             patch.setenv("REFCACHE_HOME", str(self.home))
             return score_responses(
                 pairs=pairs or self.pairs, model=self.model, out=self.out, metrics=self.metrics, **options
+            )
+
+    def sketch(self, pairs=None):
+        """Of the head, by the engine."""
+        paths = {"pairs": pairs or self.pairs, "model": self.model, "out": self.sketches}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("REFCACHE_HOME", str(self.home))
+            return sketch_responses(
+                **paths, metrics=self.root / "sketch.json", params=SKETCH, trainable="all", score=PARAMS
             )
 
     def journalled(self):

@@ -63,6 +63,15 @@ def test_a_lora_of_another_seed_is_another_trainable(tmp_path):
         open_fitting(folder, **OURS | {"trainable": second})
 
 
+def test_sketches_of_the_head_by_the_engine_are_taken_where_the_head_alone_trains(tmp_path):
+    head = publish(tmp_path / "head", source="engine", trainable='"head"')
+    assert open_fitting(head, **OURS | {"trainable": "head"}).n_rows == 20
+    part = publish(tmp_path / "part", source="engine", trainable='{"head_part":"model.embed_tokens.weight"}')
+    for folder, trainable, said in ((head, "all", '"head"'), (part, "head", "model.embed_tokens.weight")):
+        with pytest.raises(RequestError, match=rf'{said}.*trainable is "{trainable}".*source: gradient.*repro sketch'):
+            open_fitting(folder, **OURS | {"trainable": trainable})
+
+
 def test_no_sketches_are_refused_saying_what_to_set(tmp_path):
     with pytest.raises(RequestError, match="--sketches"):
         open_fitting(None, **OURS)

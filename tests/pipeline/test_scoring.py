@@ -6,15 +6,20 @@ import signal
 import numpy as np
 import polars as pl
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from cache import open_reference, prompt_key, response_key, verify
+from cache import open_reference, open_sketches, prompt_key, response_key, verify
 from pipeline import scoring, supervision
 from pipeline.drift import summary as drift_summary
 from pipeline.engine_process import EngineProcess
 from pipeline.errors import RequestError
+from pipeline.prepared_data import read_responses
 from pipeline.weights import reference_identity
 from tests.integration import kills
-from tests.pipeline.scoring_project import Project, write_prepared
+from tests.pipeline.scoring_project import SKETCH, Project, write_prepared
+from tests.pipeline.slow_sketches import slow_sketch
+from tests.pipeline.test_head_sketches import head_gradients
 from tests.pipeline.tiny_reference import adversarial_rows, quick_engine, transformers_token_logps, write_model
 
 
@@ -147,20 +152,67 @@ def test_a_damaged_cache_without_a_journal_lends_no_rows(finished, place, monkey
     assert "scored again" in capsys.readouterr().err
 
 
+def train_keys(pairs):
+    return set(read_responses(pairs).filter(pl.col("split") == "train")["response_key"])
+
+
+def require_head_parts(place, stored, rows):
+    """Those of `rows` that are stored are sketches of the head's part of the tied weight's gradient."""
+    model = AutoModelForCausalLM.from_pretrained(place.model, dtype=torch.float32).eval()
+    kept = stored.keys()
+    for prompt, response in rows:
+        key = response_key(prompt, response)
+        if key not in kept:
+            continue
+        row = stored.rows([key]).row(0, named=True)
+        (gradient,) = head_gradients(model, prompt.tolist(), response.tolist()).values()
+        wanted = slow_sketch("model.embed_tokens.weight", gradient, SKETCH.k, seed=0, purpose="sketch")
+        found = np.array(row["head_part"], np.float64) * row["head_part_scale"]
+        assert np.linalg.norm(found - wanted) < 1e-3 * np.linalg.norm(wanted)
+        assert row["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def sketched(finished):
+    """By an engine that the sketch stage started, since score did not know of sketches."""
+    return finished.sketch()
+
+
 @pytest.mark.slow
-def test_only_new_responses_are_scored(finished, monkeypatch):
+def test_the_sketch_stage_has_an_engine_of_its_own_sketch_what_score_did_not(finished, sketched, no_engine, capsys):
+    train = train_keys(finished.pairs)
+    assert (sketched["source"], sketched["rows_sketched"], sketched["responses"]) == ("engine", len(train), len(train))
+    stored = open_sketches(finished.sketches, expect=None)
+    assert stored.keys() == train and stored.identity.widths == {"head_part": SKETCH.k} and verify(stored.path) == []
+    assert stored.identity.source == "engine" and "embed_tokens" in stored.identity.trainable
+    require_head_parts(finished, stored, finished.rows[::7])
+    again = finished.sketch()
+    assert again["rows_sketched"] == 0 and "the head's part of the gradient only" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_only_new_responses_are_scored(finished, sketched, monkeypatch):
     prompt, _ = finished.rows[0]
     new = [(prompt, np.array([40, 41, 42], np.int32)), (np.array([8, 9], np.int32), np.array([2], np.int32))]
     grown = write_prepared(finished.root / "grown", [*finished.rows, *new])
     seen = []
     score = EngineProcess.score
     monkeypatch.setattr(
-        EngineProcess, "score", lambda self, rows, advance: seen.extend(rows) or score(self, rows, advance)
+        EngineProcess,
+        "score",
+        lambda self, rows, *rest, **named: seen.extend(rows) or score(self, rows, *rest, **named),
     )
-    summary = finished.score(grown)
+    summary = finished.score(grown, sketch=SKETCH)
     assert summary["rows_scored"] == 2 and summary["rows_reused"] == len(finished.rows)
     assert {response_key(*row) for row in seen} == {response_key(*row) for row in new}
     assert open_reference(finished.out, expect=None).n_rows == len(finished.rows) + 2
+    # Those that train got their head sketch on the way; the sketch stage starts no engine for them.
+    assert summary["rows_sketched"] == len(train_keys(grown) - train_keys(finished.pairs)) > 0
+    monkeypatch.setattr(supervision, "EngineProcess", None)
+    assert finished.sketch(grown)["rows_sketched"] == 0
+    stored = open_sketches(finished.sketches, expect=None)
+    assert stored.keys() == train_keys(grown)
+    require_head_parts(finished, stored, new)
 
 
 @pytest.mark.slow

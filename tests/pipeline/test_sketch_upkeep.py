@@ -163,6 +163,7 @@ def test_what_is_published_or_journalled_is_reused_and_asking_changes_nothing(pr
         ({"sketch.k": 64}, {"k", "groups"}),
         ({"sketch.seed": 3}, {"seed"}),
         ({"sketch.dtype": "bfloat16"}, {"dtype"}),
+        ({"sketch.source": "engine"}, {"trainable", "groups", "source"}),
     ],
 )
 def test_a_miss_names_the_fields_with_both_values(project, change, fields):

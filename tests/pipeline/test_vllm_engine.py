@@ -6,8 +6,10 @@ import pytest
 from pipeline.engine_probe import make_probe
 from pipeline.engine_process import EngineProcess
 from pipeline.errors import EngineFailed, RunFailed
-from pipeline.params import ScoreParams
+from pipeline.head_plan import HeadPlan
+from pipeline.params import ScoreParams, SketchParams
 from pipeline.scoring_plan import EngineLength
+from pipeline.sketcher import load_sketcher
 from tests.pipeline.tiny_reference import (
     POSITIONS,
     adversarial_rows,
@@ -20,6 +22,8 @@ from tests.tiny import EOS, VOCABULARY
 pytestmark = pytest.mark.slow
 
 LENGTH = EngineLength(POSITIONS + 1, beyond_limit=True)
+SKETCH = SketchParams(mode="tensorsketch", k=64, audit=32, seed=3)
+PLAN = HeadPlan({"weight": "lm_head.weight"}, SKETCH.k, SKETCH.audit, SKETCH.seed)
 PROMPTS = [np.array([3, 4, 5], np.int32), np.array([9], np.int32), np.array([7] * 130, np.int32)]
 
 
@@ -35,7 +39,7 @@ def quick():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"))
+    return write_model(tmp_path_factory.mktemp("model"), tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +59,10 @@ def probe(model):
 
 @pytest.fixture(scope="module")
 def hidden_states_engine(model, probe, tmp_path_factory):
-    """As score uses it on a CPU."""
+    """As score uses it on a CPU; able to sketch, which it does only where it is asked."""
     params = ScoreParams(enforce_eager=True, max_num_batched_tokens=512)
     with EngineProcess(params, log=tmp_path_factory.mktemp("log") / "engine.log") as running:
-        assert running.load(model, LENGTH, probe=probe) == "hidden_states"
+        assert running.load(model, LENGTH, probe=probe, plan=PLAN) == "hidden_states"
         yield running
 
 
@@ -140,6 +144,25 @@ def test_numbers_do_not_depend_on_what_else_is_in_the_call(scorer, rows, scored)
     again = scorer.score(rows[::-1], ignore).logps[::-1]
     for first, second in zip(scored, again, strict=True):
         np.testing.assert_allclose(first, second, atol=1e-5)
+
+
+def test_one_pass_gives_log_probs_and_the_head_s_gradient_as_a_backward_has_it(hidden_states_engine, model, rows):
+    """Also of responses whose beginning the engine skipped, since another one had computed it."""
+    rows = sorted([*rows, *many_responses()], key=lambda row: (row[0].tobytes(), -len(row[1])))
+    asked = [index % 3 > 0 for index in range(len(rows))]
+    found, plain = hidden_states_engine.score(rows, ignore, sketched=asked), hidden_states_engine.score(rows, ignore)
+    assert [sketch is not None for sketch in found.sketches] == asked and not any(plain.sketches)
+    assert found.shared_tokens > 0 and found.rescored > plain.rescored  # a sketch can't be put together of two rows
+    for first, second in zip(found.logps, plain.logps, strict=True):
+        np.testing.assert_allclose(first, second, atol=1e-5)
+    wanted = [(row, sketch) for row, sketch in zip(rows, found.sketches, strict=True) if sketch]
+    with load_sketcher(model, SKETCH, "head") as sketcher:
+        backward = sketcher([row for row, _ in wanted])
+    for i, (row, sketch) in enumerate(wanted):
+        whole = backward.values["head"][i].numpy(), backward.audit[i].numpy()
+        for ours, theirs in zip((sketch.values, sketch.audit), whole, strict=True):
+            assert np.linalg.norm(ours - theirs) < 1e-3 * np.linalg.norm(theirs), [len(part) for part in row]
+        assert sketch.grad_norm == pytest.approx(backward.grad_norm[i].item(), rel=1e-3)
 
 
 def test_progress_adds_up(scorer, rows):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +15,17 @@ POSITIONS = 300
 MODEL = TINY_MODEL | {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": POSITIONS}
 
 
-def write_model(folder: Path, *, seed: int = 0) -> Path:
-    """Weights large enough that neighbouring positions differ by nats, so that a shifted read can't pass."""
+def write_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Weights large enough that neighbouring positions differ by nats, so that a shifted read can't pass.
+
+    changes: of the config.
+    """
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = Qwen2Config(vocab_size=VOCABULARY, eos_token_id=EOS, initializer_range=0.3, **MODEL)
+        config = Qwen2Config(vocab_size=VOCABULARY, eos_token_id=EOS, initializer_range=0.3, **MODEL | changes)
         Qwen2ForCausalLM(config).save_pretrained(folder)
     write_tokenizer(folder)
     return folder

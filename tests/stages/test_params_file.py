@@ -81,6 +81,23 @@ def test_each_mistake_names_key_and_what_is_allowed(override, expected):
         assert part in str(caught.value) or part.split(".")[-1] in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["sketch.mode=exact"], "mode: tensorsketch"),
+        (["score.dtype=bfloat16"], "sketch.dtype float32 and score.dtype bfloat16"),
+        (["score.quantization=fp8"], "score.quantization fp8"),
+        (["score.backend=token_ids"], "score.backend token_ids.*hidden_states"),
+        (["sweep.variants=[dpo, auxdpo]", "trainable=last_block"], "last_block.*sketch.source: gradient"),
+    ],
+)
+def test_sketches_by_the_engine_are_refused_where_it_has_none_that_fit(overrides, expected):
+    engine = ["sketch.mode=tensorsketch", "sketch.source=engine"]
+    load_params(DEFAULT, [*engine, "sweep.variants=[dpo, auxdpo]", "trainable=head"])
+    with pytest.raises(RequestError, match=expected):
+        load_params(DEFAULT, engine + overrides)
+
+
 def test_broken_files_are_told_apart(tmp_path):
     with pytest.raises(RequestError, match="does not exist"):
         load_params(tmp_path / "absent.yaml")
