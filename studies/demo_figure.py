@@ -77,7 +77,7 @@ def _panel(title: str, metric: str, differ: bool, classes: Sequence[PolicyClass]
     if differ:
         layers.append({"mark": {"type": "rule", "color": INK, "opacity": 0.5}, "encoding": {"y": {"datum": 0}}})
     elif level:
-        tick = {"type": "tick", "color": INK, "strokeDash": [3, 3], "thickness": 1.2, "size": 44}
+        tick = {"type": "tick", "color": INK, "thickness": 1.2, "size": 44}
         layers.append({"transform": [{"filter": "isValid(datum.level)"}], "mark": tick, "encoding": {"y": level}})
     return {
         "title": title,

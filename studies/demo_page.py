@@ -37,11 +37,9 @@ measured. What is true or false here is so for a model and data of this size.
 CLASSES = """
 The model has four blocks, so that its last 25 % are its last block; the last 50 % stand beside it. The reference was
 scored once for all cells and sketched once for each class. A LoRA's random A is part of what its sketches are of, so
-it is drawn once and all seeds share it. Learning rates: {rates}
+it is drawn once and all seeds share it. Learning rates are the demo's own and, as is usual, ten times that for the
+LoRA; they were set before any figure of this page was seen.
 """
-RATES = (
-    "1e-4, the demo's own, and ten times that for LoRA, as is usual; chosen before any figure of this page was seen."
-)
 
 EXPECTED = """
 ## What was expected
@@ -53,7 +51,7 @@ zero. Figures: mean ± seeds ± prompts.
 FIGURE = """
 ![Figures by what trains, and differences from DPO]({figure})
 
-Above: 95 % intervals over seeds; dashed, the reference. Below, differences from DPO at the same seed, hence of the
+Above: 95 % intervals over seeds; grey, the reference. Below, differences from DPO at the same seed, hence of the
 same batches in the same order: thick bars over seeds, thin ones over prompts.
 """
 
@@ -122,7 +120,7 @@ def command(params: Params, classes: Path, run: Path, page: Path, figure: Path) 
         page,
         introduction(params, compared, run),
         classes_table(compared, run),
-        CLASSES.format(rates=RATES),
+        CLASSES,
         EXPECTED,
         claims_table(claims),
         FIGURE.format(figure=figure.name),
