@@ -40,7 +40,7 @@ def command(
 
     from pipeline.drift import open_for_model
     from pipeline.prepared_data import read_pairs, read_responses
-    from pipeline.sampling import choose_prompts
+    from pipeline.sampling import choose_prompts, loadable
 
     everything = read_responses(pairs)
     prompts = [choose_prompts(everything.filter(pl.col("split") == split), PROMPTS)["prompt_key"] for split in splits]
@@ -58,7 +58,8 @@ def command(
     ]
     rows = []
     for name, seed, folder in cells:
-        sums = response_sums(folder, responses)
+        with loadable(folder, model) as whole:  # of an adapter, merged with the reference
+            sums = response_sums(whole, responses)
         rows.append(
             columns.with_columns(
                 pl.lit(name).alias("variant"),

@@ -46,12 +46,16 @@ class Cells:
 
     def over_seeds(self, variant: str, column: str) -> Mean:
         """The interval is of the mean over seeds, for these very pairs: what another batch order would change."""
-        by_seed = self._of(variant).group_by("seed", maintain_order=True).agg(pl.col(column).mean())
-        return mean_interval(by_seed[column].to_list())
+        return mean_interval(self.by_seed(variant, column))
 
     def over_prompts(self, variant: str, column: str) -> Mean:
         """The interval is over prompts, for the mean of these very seeds: what other data would change."""
         return clustered_interval(*self.by_pair(variant, column))
+
+    def by_seed(self, variant: str, column: str) -> Floats:
+        """One value a seed, the mean over pairs; seeds in ascending order, hence the same for every variant."""
+        found = self._of(variant).group_by("seed").agg(pl.col(column).mean()).sort("seed")
+        return found[column].to_numpy().astype(float)
 
     def by_pair(self, variant: str, column: str) -> tuple[Floats, list[bytes]]:
         """One value a pair, the mean over seeds, and the pairs' prompts; pairs in the same order for every variant."""
@@ -65,7 +69,19 @@ class Cells:
 
 def describe_sizes(params: Params, summary: dict[str, Any], model: Path) -> list[str]:
     """What the run was, as lines of a Markdown list."""
-    train, prepare = params.train, params.prepare
+    train = params.train
+    return [
+        *describe_data(params, summary, model),
+        f"- training: {train.epochs:g} epochs, batches of {train.batch_size} pairs, learning rate "
+        f"{train.learning_rate:g} ({train.schedule}, {100 * train.warmup_share:g} % warm-up), {train.dtype}, all "
+        f"weights, {train.ranks} rank{'s' if train.ranks > 1 else ''}; seeds "
+        f"{', '.join(map(str, params.sweep.seeds))}, which change the batch order and nothing else",
+    ]
+
+
+def describe_data(params: Params, summary: dict[str, Any], model: Path) -> list[str]:
+    """The reference and the pairs, as lines of a Markdown list."""
+    prepare = params.prepare
     pairs, prompts = summary["pairs"], summary["prompts"]
     config = read_json(model / "config.json")
     return [
@@ -75,10 +91,6 @@ def describe_sizes(params: Params, summary: dict[str, Any], model: Path) -> list
         f"{show_count(pairs['test'])} held-out pairs over {show_count(prompts['test'])}; prompts of at most "
         f"{prepare.max_prompt_tokens} tokens, responses cut where prompt and response reach {prepare.max_tokens} "
         f"({show_count(summary['truncated_responses'])} of {show_count(summary['distinct_responses'])} were cut)",
-        f"- training: {train.epochs:g} epochs, batches of {train.batch_size} pairs, learning rate "
-        f"{train.learning_rate:g} ({train.schedule}, {100 * train.warmup_share:g} % warm-up), {train.dtype}, all "
-        f"weights, {train.ranks} rank{'s' if train.ranks > 1 else ''}; seeds "
-        f"{', '.join(map(str, params.sweep.seeds))}, which change the batch order and nothing else",
     ]
 
 

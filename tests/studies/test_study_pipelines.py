@@ -7,14 +7,21 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from dvc.repo import Repo
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.params import LastFraction
+from pipeline.trainable import select_trainable
 from stages.__main__ import StageGroup
 from stages.params_file import load_params
+from studies.demo_results import DemoStudy
+from studies.settings import load_section
 from studies.sweeps_claims import settings
 
 ROOT = Path(__file__).parents[2]
-STUDIES = ("dynamics", "sweeps")
+STUDIES = ("dynamics", "sweeps", "demo")
+DEMO = ROOT / "studies" / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +30,8 @@ def repo(tmp_path_factory):
     copy = tmp_path_factory.mktemp("repo")
     for study in STUDIES:
         (copy / "studies" / study).mkdir(parents=True)
-        for name in ("dvc.yaml", "params.yaml"):
-            (copy / "studies" / study / name).write_text((ROOT / "studies" / study / name).read_text())
+        for file in (ROOT / "studies" / study).glob("*.yaml"):
+            (copy / "studies" / study / file.name).write_text(file.read_text())
     return Repo.init(str(copy), no_scm=True)
 
 
@@ -120,7 +127,51 @@ def test_sweep_has_all_48_cells_from_one_scoring_pass(repo):
     assert params.sweep.seeds == [0, 1, 2]
 
 
-@pytest.mark.parametrize("study", STUDIES)
+def test_demo_study_has_80_cells_from_one_scoring_pass_and_a_sketch_for_each_class(repo):
+    stages = [stage for stage in repo.index.stages if "demo" in stage.path_in_repo]
+    names = [stage.name for stage in stages]
+    classes = load_section(DEMO / "classes.yaml", "demo", DemoStudy).classes
+    assert sum(name.startswith("train@") for name in names) == len(classes) * 4 * 5 == 80
+    assert names.count("score") == 1 and sum(name.startswith("sketch@") for name in names) == len(classes)
+    for number, each in enumerate(classes):
+        options = {stage.name: parsed(stage)[1] for stage in stages if f"@class{number}" in stage.name}
+        sketch = options[f"sketch@class{number}"]
+        trains = [given for name, given in options.items() if name.startswith("train@")]
+        assert {given["sketches"] for given in trains} == {sketch["out"]}
+        (train_overrides,) = {given["overrides"] for given in trains}
+        trained, sketched, meant = (
+            load_params(DEMO / "params.yaml", overrides)
+            for overrides in (train_overrides, sketch["overrides"], each.overrides)
+        )
+        assert (sketched.sketch, trained.train.learning_rate) == (meant.sketch, each.learning_rate)
+        assert trained.trainable == sketched.trainable == meant.trainable
+
+
+def test_demo_study_is_the_demo():
+    """All settings are the default ones but those that the study is about."""
+    own, default = load_params(DEMO / "params.yaml"), load_params(ROOT / "params.yaml")
+    about = {"train": {"variants"}, "sketch": {"mode"}, "evaluate": {"prompts", "samples_per_prompt"}}
+    for name in ("model", "prepare", "sft", "score", "sketch", "train", "evaluate"):
+        left_out = about.get(name, set())
+        mine, theirs = (getattr(params, name).model_dump(exclude=left_out) for params in (own, default))
+        assert mine == theirs, name
+    assert {name: own.train.variants[name] for name in default.train.variants} == default.train.variants
+    assert (len(own.sweep.seeds), own.sweep.variants) == (5, ["dpo", "bdpo", "bpo", "auxdpo"])
+
+
+def test_the_last_quarter_of_the_demos_model_is_its_last_block():
+    """As classes.yaml says, which is why no class trains the last quarter."""
+    scratch = load_params(DEMO / "params.yaml").model.scratch
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(scratch.architecture, **scratch.config))
+    trained = []
+    for chosen in (LastFraction(last_fraction=0.25), "last_block"):
+        select_trainable(model, chosen)
+        trained.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+    assert trained[0] == trained[1] != set()
+
+
+@pytest.mark.parametrize("study", ["dynamics", "sweeps"])
 def test_presets_train_the_variants_of_their_study(study):
     own, preset = (
         load_params(ROOT / file)
