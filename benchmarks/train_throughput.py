@@ -19,12 +19,18 @@ from train_cases import LAYOUTS, PEERS, Case, prepare, run_ours, run_peer
 
 Found = dict[str, list[dict[str, Any]]]
 
+# Data and the order of its pairs. Pairs of a prompt in one batch is a choice about training: GSM8K is measured both ways.
+CASES = {
+    "ultrafeedback": ("ultrafeedback", "examples"),
+    "gsm8k": ("gsm8k", "examples"),
+    "gsm8k-by-prompts": ("gsm8k", "prompts"),
+}
+
 
 def main() -> None:
     options = parse()
     results: list[tuple[Case, Found]] = []
-    # Pairs of a prompt in one batch is a choice about training, so GSM8K is measured with and without it.
-    for name, order in (("ultrafeedback", "examples"), ("gsm8k", "examples"), ("gsm8k", "prompts")):
+    for name, order in (CASES[case] for case in options.cases):
         for dtype in options.dtypes:
             for vocabulary in options.vocabularies:
                 with tempfile.TemporaryDirectory(prefix="train-throughput-") as scratch:
@@ -57,6 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gsm8k", type=Path, required=True, help="the same, with `problem`")
     parser.add_argument("--pairs", type=int, default=200, help="of UltraFeedback")
     parser.add_argument("--problems", type=int, default=300, help="of GSM8K, with all their pairs")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[8192, 151_936])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batch-size", type=int, default=16, help="pairs of an optimizer step")
