@@ -26,6 +26,8 @@ class ChunkedHead(nn.Module):
                 f"{type(model).__name__}: the output head is a {type(output).__name__}, expected nn.Linear"
             )
         self.weight, self.bias = output.weight, output.bias
+        self.in_place = False  # see ResponseLogps.accumulate_in_place
+        self._gradient: Tensor | None = None
         config = model.config.get_text_config()
         self.chunk_tokens = chunk_tokens or max(1, LOGIT_BYTES // (4 * config.vocab_size))
         # The three ways in which transformers' architectures alter logits after the head.
@@ -43,6 +45,16 @@ class ChunkedHead(nn.Module):
         trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         # A soft cap's slope needs the logits that the softmax overwrites.
         return torch.is_grad_enabled() and not trained and self.softcap is None
+
+    def gradient(self) -> Tensor:
+        """The weights' own, zero where there is none yet.
+
+        The array is kept when the gradient is dropped: others would nest in the hole, and the next one extend the heap.
+        """
+        if self.weight.grad is None:
+            self._gradient = torch.zeros_like(self.weight) if self._gradient is None else self._gradient.zero_()
+            self.weight.grad = self._gradient
+        return self.weight.grad
 
     def buffer(self, hidden: Tensor) -> "LogitBuffer":
         return LogitBuffer(min(len(hidden), self.chunk_tokens), self.weight)
@@ -102,7 +114,8 @@ class _TokenLogps(torch.autograd.Function):
         head: ChunkedHead = ctx.head
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if for_hidden else None
-        d_weight = torch.zeros_like(head.weight) if for_weight else None
+        in_place = head.in_place and for_weight
+        d_weight = head.gradient() if in_place else torch.zeros_like(head.weight) if for_weight else None
         d_bias = torch.zeros_like(head.bias) if for_bias else None
         buffer = head.buffer(hidden)
         for start in range(0, len(hidden), head.chunk_tokens):
@@ -114,7 +127,7 @@ class _TokenLogps(torch.autograd.Function):
                 d_weight.addmm_(d_logits.T, hidden[chunk])
             if d_bias is not None:
                 d_bias += d_logits.sum(dim=0)
-        return d_hidden, d_weight, d_bias, None, None
+        return d_hidden, None if in_place else d_weight, d_bias, None, None
 
 
 class _FrozenTokenLogps(torch.autograd.Function):

@@ -12,24 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoints import complete_checkpoints, place, remove, seal
+from pipeline.logps import ResponseLogps
 from pipeline.params import LoopParams
 
 
 class Engine:
     """A DeepSpeed engine around a module, reduced to what the loop needs. One per rank."""
 
-    def __init__(self, module: nn.Module, loop: LoopParams, *, micro_steps: int) -> None:
+    def __init__(self, module: ResponseLogps, loop: LoopParams, *, micro_steps: int) -> None:
         """micro_steps: backward passes per optimizer step on each rank; only whether it is 1 matters."""
         init_distributed()
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.partial = any(not p.requires_grad for p in module.parameters())
-        trained = [p for p in module.parameters() if p.requires_grad]
+        self._trained = [p for p in module.parameters() if p.requires_grad]
         self.engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=trained, config=_config(loop, micro_steps, self.ranks)
+            model=module, model_parameters=self._trained, config=_config(loop, micro_steps, self.ranks)
         )
         self.device = self.engine.device
         self._loss_scale = micro_steps * self.ranks
-        self._plain_optimizer = loop.zero_stage == 0 and loop.dtype == "float32"
+        # Then parameters and gradients are torch's own, and torch's AdamW takes them as they are.
+        self._plain = loop.zero_stage == 0 and loop.dtype == "float32"
+        if self._plain:
+            module.accumulate_in_place()
         self._grad_norm = 0.0
 
     def __call__(self, *args: Any) -> Tensor:
@@ -41,15 +45,29 @@ class Engine:
         last: of the batch. Batches may differ in how many they have, but not ranks.
         """
         self.engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages over micro-batches and ranks; we want the sum.
-        self.engine.backward(loss * self._loss_scale)
+        if not self._plain:
+            # DeepSpeed averages over micro-batches and ranks; we want the sum.
+            self.engine.backward(loss * self._loss_scale)
+            return
+        # DeepSpeed would add up over ranks, also of one, in a copy of all gradients.
+        with self.engine.no_sync():
+            self.engine.backward(loss, scale_wrt_gas=False)
+        if last:
+            for gradient in self._gradients():
+                dist.all_reduce(gradient)
+
+    def _gradients(self) -> list[Tensor]:
+        """Of all that trains; zero where this rank's micro-batches did without a parameter, as others' may not have."""
+        for parameter in self._trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self._trained if parameter.grad is not None]
 
     def step(self) -> None:
         """Count one micro-batch; on the last of a batch, clip and update."""
-        if self._plain_optimizer and self.engine.is_gradient_accumulation_boundary():
-            # Already summed over ranks. DeepSpeed clips plain float32 gradients without keeping their norm.
-            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-            self._grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        if self._plain and self.engine.is_gradient_accumulation_boundary():
+            # DeepSpeed clips plain float32 gradients without keeping their norm.
+            self._grad_norm = float(torch.nn.utils.get_total_norm(self._gradients()))
         self.engine.step()
 
     @property
@@ -63,7 +81,7 @@ class Engine:
 
     def grad_norm(self) -> float:
         """Global gradient norm of the last update, before clipping."""
-        return self._grad_norm if self._plain_optimizer else float(self.engine.get_global_grad_norm())
+        return self._grad_norm if self._plain else float(self.engine.get_global_grad_norm())
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         dist.all_reduce(values)
@@ -72,7 +90,8 @@ class Engine:
     def weights_are_finite(self) -> bool:
         """Whether no parameter of any rank holds NaN or inf. Collective."""
         parts = (getattr(parameter, "ds_tensor", parameter) for parameter in self.engine.module.parameters())
-        bad = sum(int(not torch.isfinite(part.detach()).all()) for part in parts)
+        # The extremes are NaN if any element is; isfinite would make arrays as large as the parameter.
+        bad = sum(int(not torch.stack(torch.aminmax(part.detach())).isfinite().all()) for part in parts if part.numel())
         return self.sum_over_ranks(torch.tensor(float(bad), device=self.device)).item() == 0
 
     def gather(self, value: Any) -> list[Any]:
@@ -124,7 +143,9 @@ class Engine:
                 continue
             with _whole(parameter):
                 if self.rank == 0:
-                    state[name] = parameter.detach().cpu().clone().contiguous()
+                    whole = parameter.detach().cpu()
+                    # ZeRO's are parts of its flat arrays, or gone when they are divided again.
+                    state[name] = (whole if self._plain else whole.clone()).contiguous()
         return state
 
 

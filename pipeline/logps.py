@@ -100,6 +100,18 @@ class ResponseLogps(nn.Module):
         self.model = model
         self.head = ChunkedHead(model, chunk_tokens)
 
+    def accumulate_in_place(self) -> None:
+        """Let backward add to the gradient of the output weights itself, not make arrays as large and add those up.
+
+        For plain autograd only: a hook that waits for this gradient would not be called.
+        """
+        self.head.in_place = True
+        embedding = causal_model(self.model).get_input_embeddings()
+        tied = isinstance(embedding, nn.Embedding) and embedding.weight is self.head.weight
+        # The rows of the tokens at hand, onto the head's gradient, which is there before. On GPUs in no fixed order.
+        if tied and embedding.weight.device.type == "cpu":
+            embedding.sparse = True
+
     def forward(
         self,
         input_ids: Tensor,

@@ -21,12 +21,16 @@ from pipeline.batches import batch_indices, micro_batches, steps_for
 from pipeline.chunked_head import ChunkedHead
 from pipeline.layout import ATTENTION
 from pipeline.logps import ResponseLogps, TokenBatch
+from pipeline.objective_params import AnyVariant, AuxDPO
+from pipeline.offset_sketches import planned_bytes
 from pipeline.pair_batches import PairBatches
 from pipeline.params import LoopParams, Trainable
 from pipeline.trainable import select_trainable
 
 # Python with PyTorch, transformers and DeepSpeed loaded, on a CPU; CUDA's context and kernels are about as large.
-PROGRAM_BYTES = 700 << 20
+PROGRAM_BYTES = 620 << 20
+# The stage that waits for the ranks: Python with polars and pyarrow.
+STAGE_BYTES = 150 << 20
 # Batches that are looked at for the largest micro-batch.
 _STEPS = 200
 
@@ -54,6 +58,7 @@ class MemoryPlan:
             f"{self.parameters:,} parameters, {self.trained:,} of them trained; largest micro-batch of a rank: "
             f"{self.micro_batch_tokens:,} tokens ({self.layout})",
             *table,
+            f"beside the ranks: {_size(STAGE_BYTES)} of the stage that started them",
             f"not held: {_size(self.reference)} of reference weights, and a forward pass of them over every batch",
         ]
 
@@ -62,8 +67,20 @@ def _size(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def plan_memory(model: Path, pairs: Path, loop: LoopParams, trainable: Trainable) -> MemoryPlan:
-    """model: a transformers folder, of which only the config is read. layout: auto counts as shared prompts."""
+def plan_memory(
+    model: Path,
+    pairs: Path,
+    loop: LoopParams,
+    trainable: Trainable,
+    *,
+    objective: AnyVariant | None = None,
+    sketches: Path | None = None,
+) -> MemoryPlan:
+    """model: a transformers folder, of which only the config is read. layout: auto counts as shared prompts.
+
+    objective, sketches: for AuxDPO, whose offsets are counted too. Raises RequestError, CacheError or CacheIncomplete
+    where it lacks its sketches.
+    """
     layout = "shared_prompts" if loop.layout == "auto" else loop.layout
     batches = PairBatches(pairs, layout)
     micro = _largest_micro_batch(batches, loop)
@@ -82,8 +99,10 @@ def plan_memory(model: Path, pairs: Path, loop: LoopParams, trainable: Trainable
     parts = _states(sizes, loop) | {
         "activations": activations,
         "logits": _logits(logps.head, len(tokens.targets)),
-        "program": PROGRAM_BYTES,
     }
+    if isinstance(objective, AuxDPO):
+        parts |= planned_bytes(sketches, batches.keys, objective, loop.ranks)
+    parts["program"] = PROGRAM_BYTES
     return MemoryPlan(
         parts=parts,
         parameters=sizes.all,
@@ -110,15 +129,9 @@ class _Sizes:
         self.all = sum(p.numel() for p in parameters)
         self.trained = sum(p.numel() for p in parameters if p.requires_grad)
         self.bytes = parameters[0].dtype.itemsize
-        self.head = self._head(model)
-
-    @staticmethod
-    def _head(model: nn.Module) -> int:
-        """Elements of output weight gradients on their way to what is accumulated; tied ones come from two places."""
         output, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-        if not output.requires_grad:
-            return 0
-        return int(output.numel()) * (2 if output is embedding else 1)
+        self.tied = output is embedding
+        self.output, self.embedding = (int(w.numel()) if w.requires_grad else 0 for w in (output, embedding))
 
 
 def _states(sizes: _Sizes, loop: LoopParams) -> dict[str, int]:
@@ -130,7 +143,7 @@ def _states(sizes: _Sizes, loop: LoopParams) -> dict[str, int]:
     # Master weights: beside bf16 ones, and in ZeRO's flat partitions also beside float32 ones.
     master = 4 * sizes.trained // ranks if stage else 0
     # In bf16 gradients are accumulated in float32.
-    gradients = 4 * sizes.trained // (ranks if stage >= 2 else 1) + sizes.head * sizes.bytes
+    gradients = 4 * sizes.trained // (ranks if stage >= 2 else 1) + _new_gradients(sizes, plain=not stage)
     offloaded = loop.optimizer_offload and torch.cuda.is_available()
     moments = 0 if offloaded else 8 * sizes.trained // (ranks if stage else 1)
     return {
@@ -139,6 +152,16 @@ def _states(sizes: _Sizes, loop: LoopParams) -> dict[str, int]:
         "gradients": gradients,
         "optimizer": moments,
     }
+
+
+def _new_gradients(sizes: _Sizes, *, plain: bool) -> int:
+    """Bytes of the vocabulary's gradients on their way to what is accumulated; tied ones come from two places.
+
+    plain: as ResponseLogps.accumulate_in_place has it, where only embeddings of their own, or on a GPU, make an array.
+    """
+    if plain:
+        return sizes.bytes * (0 if sizes.tied and not torch.cuda.is_available() else sizes.embedding)
+    return sizes.bytes * sizes.output * (2 if sizes.tied else 1)
 
 
 def _logits(head: ChunkedHead, tokens: int) -> int:

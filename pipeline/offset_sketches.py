@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cache import CacheMismatch, KeySet, Sketches, open_sketches
 from cache.identity import require_identity
 from cache.key_set import KeyArray, key_array
-from pipeline.constraint import pair_responses
+from pipeline.constraint import pair_responses, require_responses
 from pipeline.errors import RequestError
 from pipeline.nullspace import Projection, SketchedGradients, load_gradients
 from pipeline.objective_params import AuxDPO
@@ -72,6 +72,25 @@ def open_offsets(path: Path, pairs: pl.DataFrame, groups: np.ndarray, params: Au
         sum_over_ranks=ranks.sum_over_ranks,
         projection=projection,
     )
+
+
+def planned_bytes(path: Path | None, pairs: pl.DataFrame, params: AuxDPO, ranks: int) -> dict[str, int]:
+    """What `open_offsets` will hold on each of so many ranks, by part; the kernel may drop pages of mapped sketches.
+
+    Raises RequestError without a path, and as open_sketches and require_responses.
+    """
+    if path is None:
+        raise RequestError("auxdpo needs gradient sketches. Name their folder with --sketches.")
+    sketches = open_sketches(path, expect=None)
+    require_responses(sketches, pairs, params)
+    responses, numbers = len(pair_responses(pairs)), sum(sketches.identity.widths.values())
+    # Of a response: four float32 with Adam's, float64 gradient, two weights, two places, key; of a pair: its sides.
+    parts = {"offsets": responses * (4 * 4 + 8 + 2 * 4 + 2 * 8 + 16) + len(pairs) * 16}
+    if params.constraint == "projection":
+        parts["projection"] = responses * params.rank * 4
+    share = share_of(ranks - 1, ranks, responses)  # of the last rank, which has no fewer than others
+    parts["sketches (mapped)"] = (share.stop - share.start) * (numbers + (sketches.identity.audit or 0)) * 4
+    return parts
 
 
 def share_of(rank: int, ranks: int, responses: int) -> slice:

@@ -56,7 +56,9 @@ def command(
         from pipeline.memory_plan import plan_memory
         from pipeline.params import variant_loop
 
-        for line in plan_memory(model, pairs, variant_loop(params.train, variant), params.trainable).lines():
+        loop, objective = variant_loop(params.train, variant), params.train.variants[variant]
+        plan = plan_memory(model, pairs, loop, params.trainable, objective=objective, sketches=sketches)
+        for line in plan.lines():
             click.echo(line)
         return
     from pipeline.preference_training import train_policy

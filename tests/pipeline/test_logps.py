@@ -73,6 +73,53 @@ def test_gradients_equal_those_of_full_logits(chunk):
         )
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # head and embeddings tied, and not
+def test_gradients_accumulated_in_place_are_autograds_own(architecture):
+    """Over two micro-batches, and again when the gradients were dropped."""
+
+    def gradients(in_place: bool) -> list[dict[str, torch.Tensor]]:
+        logps = ResponseLogps(tiny_model(architecture), 5)
+        if in_place:
+            logps.accumulate_in_place()
+        found = []
+        for _ in range(2):
+            for micro_batch in (sequences()[:2], sequences()[2:]):
+                logps(*collate(micro_batch)).pow(2).sum().backward()
+            found.append({name: p.grad.clone() for name, p in logps.named_parameters()})
+            logps.zero_grad()
+        return found
+
+    for ours, plain in zip(gradients(True), gradients(False), strict=True):
+        assert ours.keys() == plain.keys()
+        for name, expected in plain.items():
+            torch.testing.assert_close(ours[name], expected, atol=2e-3, rtol=2e-4)
+
+
+class AsLarge(TorchDispatchMode):
+    """Collects where the arrays with the shape of `weight` lie, `weight` left out."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight, self.storages = weight, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.shape == self.weight.shape and not tensor.is_sparse:
+                self.storages.add(tensor.untyped_storage().data_ptr())
+        self.storages.discard(self.weight.untyped_storage().data_ptr())
+        return result
+
+
+def test_no_array_as_large_as_tied_weights_is_made_beside_their_gradient_in_two_micro_batches():
+    logps = ResponseLogps(tiny_model("llama"), 5)
+    logps.accumulate_in_place()
+    with AsLarge(logps.head.weight) as made:
+        for _ in range(2):
+            logps(*collate(sequences())).sum().backward()
+    assert made.storages == {logps.head.weight.grad.untyped_storage().data_ptr()}
+
+
 class VocabularyWide(TorchDispatchMode):
     """Collects the rows of every array as wide as the vocabulary but the weights, and where the arrays lie."""
 

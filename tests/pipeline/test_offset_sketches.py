@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cache import open_sketches, publish_reference
+from pipeline.errors import RequestError
 from pipeline.nullspace import Projection, load_gradients
-from pipeline.offset_sketches import centre, open_offsets, share_of
+from pipeline.offset_sketches import centre, open_offsets, planned_bytes, share_of
 from tests.cache.test_sketches import IDENTITY, keys, make_rows
 from tests.pipeline.test_nullspace import draw
 from tests.pipeline.test_offsets import PROMPTS, SIDES, M, centred, logps, make, params, sketched
@@ -84,11 +85,42 @@ class OneOf:
         self.rank, self.ranks, self.sum_over_ranks = rank, ranks, sum_over_ranks
 
 
-def test_published_sketches_reach_the_offsets_of_their_responses(tmp_path, monkeypatch):
+@pytest.fixture
+def published(tmp_path, monkeypatch) -> pl.DataFrame:
+    """Four pairs whose responses are among the sketches that it publishes in `sketches`."""
     monkeypatch.setenv("REFCACHE_HOME", str(tmp_path / "home"))
     publish_reference(tmp_path / "sketches", make_rows(0, 40), IDENTITY)
     chosen, rejected = [keys(n, n + 1)[0] for n in (30, 7, 7, 3)], [keys(n, n + 1)[0] for n in (2, 11, 30, 12)]
-    pairs = pl.DataFrame({"chosen_key": chosen, "rejected_key": rejected})
+    return pl.DataFrame({"chosen_key": chosen, "rejected_key": rejected})
+
+
+@pytest.mark.parametrize("constraint", ["penalty", "projection"])
+def test_the_planned_bytes_are_those_of_offsets_that_made_a_step(tmp_path, published, constraint):
+    chosen = params(constraint=constraint, rank=3)
+    groups = np.array([9, 4, 4, 9])
+    offsets = open_offsets(tmp_path / "sketches", published, groups, chosen, OneOf(0, 1, lambda x: x))
+    offsets.losses(logps(np.arange(4)), np.arange(4), np.arange(4))
+    offsets.step(np.arange(4), 1.0)
+    moments = offsets._adam.state[offsets.values]
+    held = [part for part in vars(offsets).values() if isinstance(part, torch.Tensor)]
+    held += [offsets.values.grad, moments["exp_avg"], moments["exp_avg_sq"], offsets._share.weights, offsets.keys]
+    planned = planned_bytes(tmp_path / "sketches", published, chosen, 1)
+    assert planned["offsets"] == sum(part.nbytes for part in held)
+    assert planned["sketches (mapped)"] == offsets._share.sketches.nbytes + offsets._share.audit.nbytes
+    if offsets._projection is not None:
+        assert planned["projection"] == offsets._projection.basis.nbytes
+    halves = planned_bytes(tmp_path / "sketches", published, chosen, 2)
+    assert halves["sketches (mapped)"] == pytest.approx(planned["sketches (mapped)"] / 2, rel=0.2)
+
+
+def test_nothing_is_planned_for_auxdpo_without_sketches(published):
+    with pytest.raises(RequestError, match="--sketches"):
+        planned_bytes(None, published, params(), 1)
+
+
+def test_published_sketches_reach_the_offsets_of_their_responses(tmp_path, published):
+    pairs = published
+    chosen, rejected = (pairs[side].to_list() for side in ("chosen_key", "rejected_key"))
     distinct = sorted({*chosen, *rejected})
     whole = load_gradients(
         open_sketches(tmp_path / "sketches", expect=None), distinct, torch.ones(len(distinct)), tmp_path / "all"
