@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.errors import RequestError
 from pipeline.objective_params import AnyVariant
 
 Positive = Annotated[int, Field(ge=1)]
@@ -213,6 +214,12 @@ class TrainParams(LoopParams):
             raise ValueError("train.epochs must be above 0")
         return self
 
+    def variant(self, name: str) -> AnyVariant:
+        """Raises RequestError for a name that is not among `variants`."""
+        if name not in self.variants:
+            raise RequestError(f"--variant {name!r} is not in train.variants, which has {sorted(self.variants)}.")
+        return self.variants[name]
+
 
 # scoring and evaluation -----------------------------------------------------------------------------------------------
 
@@ -328,9 +335,13 @@ def _check_engine_sketches(sketch: SketchParams, score: ScoreParams, trainable: 
 
 
 def variant_loop(train: TrainParams, name: str) -> TrainParams:
-    """The `train` section with the variant's `settings` applied; unknown, out-of-range, unfit ones: ValueError."""
+    """The `train` section with the variant's `settings` applied; unknown, out-of-range, unfit ones: ValueError.
+
+    Raises RequestError for an unknown variant.
+    """
     allowed = set(LoopParams.model_fields) | {"drift_tolerance"}
-    settings = train.variants[name].settings
+    variant = train.variant(name)
+    settings = variant.settings
     foreign = sorted(set(settings) - allowed)
     if foreign:
         raise ValueError(f"train.variants.{name}.settings: unknown {foreign}; allowed are {sorted(allowed)}")
@@ -339,7 +350,6 @@ def variant_loop(train: TrainParams, name: str) -> TrainParams:
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {p['input']!r}" for p in error.errors()]
         raise ValueError(f"train.variants.{name}.settings: {'; '.join(problems)}") from None
-    variant = train.variants[name]
     micro = loop.micro_batch_size if loop.tokens_per_batch is None else 0
     if variant.needs_whole_batch and (loop.ranks > 1 or micro < loop.batch_size):
         raise ValueError(

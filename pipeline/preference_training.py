@@ -43,8 +43,6 @@ def train_policy(
     that is not installed or too much drift, CacheMismatch for a cache of other weights or sketches of something else,
     CacheIncomplete for missing rows: all before any model is loaded.
     """
-    if variant not in params.variants:
-        raise RequestError(f"--variant {variant!r} is not in train.variants, which has {sorted(params.variants)}.")
     settings = variant_loop(params, variant)
     train_pairs, needed = _pairs_of_splits(pairs, settings)
     require_steps(settings, train_pairs, "train")
@@ -52,7 +50,7 @@ def train_policy(
     cached = open_for_model(reference, model)
     require_keys(cached, needed.to_arrow().to_batches(), scratch=scratch_folder())
     check_drift(cached, dtype=settings.dtype, tolerance=settings.drift_tolerance)
-    objective = params.variants[variant]
+    objective = params.variant(variant)
     paths = {"pairs": pairs, "model": model, "reference": reference, "tokenizer": model}
     inputs = [pairs / "pairs.parquet", pairs / "responses.parquet", reference / "manifest.json"]
     if isinstance(objective, AuxDPO):

@@ -27,10 +27,5 @@ def command(params: "Params", variant: str, sketches: Path, out: Path) -> None:
         --out data/reference/constraints/auxdpo.json
     """
     from pipeline.constraint import write_stamp
-    from pipeline.errors import RequestError
 
-    if variant not in params.train.variants:
-        raise RequestError(
-            f"--variant {variant!r} is not in train.variants, which has {sorted(params.train.variants)}."
-        )
-    write_stamp(variant, params.train.variants[variant], sketches, out)
+    write_stamp(variant, params.train.variant(variant), sketches, out)

@@ -37,13 +37,8 @@ def command(
       refcache evaluate --variant dpo --seed 0 --pairs data/prepared/pairs --model models/reference \\
         --policy models/policies/dpo-0 --reference data/reference/logps --metrics results/dpo-0/evaluate.json
     """
-    from pipeline.errors import RequestError
     from pipeline.evaluation import evaluate_policy
 
-    if variant not in params.train.variants:
-        raise RequestError(
-            f"--variant {variant!r} is not in train.variants, which has {sorted(params.train.variants)}."
-        )
     summary = evaluate_policy(
         variant=variant,
         seed=seed,
@@ -54,7 +49,7 @@ def command(
         metrics=metrics,
         params=params.evaluate,
         engine=params.score,
-        beta=params.train.variants[variant].reward_beta,
+        beta=params.train.variant(variant).reward_beta,
         trust_remote_code=params.model.trust_remote_code,
     )
     click.echo(_line(summary))

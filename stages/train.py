@@ -56,7 +56,7 @@ def command(
         from pipeline.memory_plan import plan_memory
         from pipeline.params import variant_loop
 
-        loop, objective = variant_loop(params.train, variant), params.train.variants[variant]
+        loop, objective = variant_loop(params.train, variant), params.train.variant(variant)
         plan = plan_memory(model, pairs, loop, params.trainable, objective=objective, sketches=sketches)
         for line in plan.lines():
             click.echo(line)
