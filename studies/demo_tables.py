@@ -25,7 +25,7 @@ def classes_table(classes: Sequence[PolicyClass], run: Path) -> str:
         kind = "the gradient itself" if each.sketch == "exact" else f"{each.k:,} a block"
         trained = trained_parameters(run / "reference", each)
         rows.append((each.title, f"{trained:,}", f"{each.learning_rate:g}", f"{numbers:,} ({kind})"))
-    return markdown_table(["what trains", "parameters", "learning rate", "numbers of a sketch"], rows)
+    return markdown_table(["what trains", "parameters", "learning rate", "numbers a response, with audit"], rows)
 
 
 def trained_parameters(reference: Path, of: PolicyClass) -> int:
