@@ -22,6 +22,7 @@ class PolicyClass(Section):
     sketch: Literal["tensorsketch", "exact"]
     k: int
     learning_rate: float
+    null_weight: float
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -30,6 +31,7 @@ class PolicyClass(Section):
             f"sketch.mode={self.sketch}",
             f"sketch.k={self.k}",
             f"train.learning_rate={self.learning_rate}",
+            f"train.variants.auxdpo.null_weight={self.null_weight}",
         )
 
 

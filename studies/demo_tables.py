@@ -24,8 +24,12 @@ def classes_table(classes: Sequence[PolicyClass], run: Path) -> str:
         numbers = read_json(run / "sketch" / f"{each.name}.json")["numbers_per_row"]
         kind = "the gradient itself" if each.sketch == "exact" else f"{each.k:,} a block"
         trained = trained_parameters(run / "reference", each)
-        rows.append((each.title, f"{trained:,}", f"{each.learning_rate:g}", f"{numbers:,} ({kind})"))
-    return markdown_table(["what trains", "parameters", "learning rate", "numbers a response, with audit"], rows)
+        rows.append(
+            (each.title, f"{trained:,}", f"{each.learning_rate:g}", f"{each.null_weight:g}", f"{numbers:,} ({kind})")
+        )
+    return markdown_table(
+        ["what trains", "parameters", "learning rate", "null_weight", "numbers a response, with audit"], rows
+    )
 
 
 def trained_parameters(reference: Path, of: PolicyClass) -> int:
