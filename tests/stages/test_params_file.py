@@ -116,3 +116,13 @@ def test_a_wrong_request_exits_with_2_and_one_message(tmp_path):
     result = CliRunner().invoke(main, ["sft", *map(str, paths), "--params", str(DEFAULT), "--set", "sft.epochs=-1"])
     assert result.exit_code == 2
     assert result.output.startswith("Error: ") and "sft.epochs" in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_an_unknown_variant_is_refused_with_the_known_ones(tmp_path, dry_run):
+    names = ("pairs", "model", "reference", "out", "history", "metrics")
+    paths = [word for name in names for word in (f"--{name}", str(tmp_path / name))]
+    command = ["train", "--variant", "dop", "--seed", "0", "--params", str(DEFAULT), *paths, *dry_run]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert "'dop'" in result.output and "'dpo'" in result.output and "Traceback" not in result.output
