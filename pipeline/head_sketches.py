@@ -13,7 +13,7 @@ from pipeline.chunked_head import ChunkedHead
 from pipeline.head_plan import HeadPlan, HeadSketch
 from pipeline.sketch_groups import HEAD
 from pipeline.sketch_hashes import AUDIT, SKETCH, hashes
-from pipeline.sketch_maths import TensorSketchSums, gram_is_cheaper, squared_norms
+from pipeline.sketch_maths import TensorSketchSums, by_tokens_is_cheaper, squared_norms
 
 _ONE = slice(0, 1)  # the one example of a call
 
@@ -37,7 +37,7 @@ class HeadSketcher:
         """hidden: (T, width), the states before the response's tokens; targets: (T,), these. Log-probs (T,), nats."""
         sums = {purpose: self._sums(purpose) for purpose in self._sizes}
         weight, bias = self.names["weight"], self.names.get("bias")
-        by_tokens = gram_is_cheaper(len(targets), *self.head.weight.shape)
+        by_tokens = by_tokens_is_cheaper(len(targets), *self.head.weight.shape, [*self._sizes.values()])
         # Products between tokens of different chunks would need all their probabilities at once.
         whole = by_tokens and len(targets) <= self.head.chunk_tokens
         gradient = None if whole else torch.zeros_like(self.head.weight)

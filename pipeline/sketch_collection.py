@@ -19,7 +19,7 @@ from pipeline.errors import RequestError, RunFailed
 from pipeline.head_sketches import log_prob_gradient
 from pipeline.logps import TokenBatch, Tokens, collate
 from pipeline.sketch_groups import Layer, Layout, find_layout
-from pipeline.sketch_maths import CHUNK_NUMBERS, Sums, gram_is_cheaper, lookup_squared_norm, squared_norms
+from pipeline.sketch_maths import CHUNK_NUMBERS, Sums, by_tokens_is_cheaper, lookup_squared_norm, squared_norms
 
 
 class Sketched(NamedTuple):
@@ -163,26 +163,22 @@ class GradientCollector:
 
     def _outer(self, name: str, delta: Tensor, x: Tensor, first: int) -> None:
         n_out, n_in = delta.shape[-1], x.shape[-1]
-        gram = gram_is_cheaper(delta.shape[1], n_out, n_in)
         everyone = slice(first, first + len(delta))
-        if gram:
+        sizes = [sums.k for sums in self.sums if sums.k is not None]
+        if len(sizes) == len(self.sums) and by_tokens_is_cheaper(delta.shape[1], n_out, n_in, sizes):
             self.squared[everyone] += squared_norms(delta, x)
-        for sums in self.sums:
-            if gram and not sums.materialised:
+            for sums in self.sums:
                 sums.outer(name, delta, x, everyone)
-        if gram and not any(sums.materialised for sums in self.sums):
             return
         step = max(1, CHUNK_NUMBERS // (n_out * n_in))
         for start in range(0, len(delta), step):
             part = slice(start, min(start + step, len(delta)))
             rows = slice(first + part.start, first + part.stop)
             gradients = torch.bmm(delta[part].transpose(1, 2), x[part])
-            if not gram:
-                flat = gradients.flatten(1)
-                self.squared[rows] += torch.linalg.vecdot(flat, flat)
+            flat = gradients.flatten(1)
+            self.squared[rows] += torch.linalg.vecdot(flat, flat)
             for sums in self.sums:
-                if sums.materialised or not gram:
-                    sums.matrix(name, gradients, rows)
+                sums.matrix(name, gradients, rows)
 
     def _bias(self, name: str, gradients: Tensor, rows: slice) -> None:
         padded = gradients.new_zeros(self.n, gradients.shape[-1])

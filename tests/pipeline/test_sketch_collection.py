@@ -101,12 +101,12 @@ def test_activation_checkpointing_changes_nothing(trainable):
         torch.testing.assert_close(found, sketcher(sequences()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize("by_tokens", [True, False])
 @pytest.mark.parametrize("chunk", [1, 5000, 1 << 22])
-def test_the_gradient_is_sketched_alike_with_and_without_being_written_out(monkeypatch, gram, chunk):
+def test_the_gradient_is_sketched_alike_with_and_without_being_written_out(monkeypatch, by_tokens, chunk):
     for module in (sketch_collection, sketch_maths):
         monkeypatch.setattr(module, "CHUNK_NUMBERS", chunk)
-    monkeypatch.setattr(sketch_collection, "gram_is_cheaper", lambda *_: gram)
+    monkeypatch.setattr(sketch_collection, "by_tokens_is_cheaper", lambda *_: by_tokens)
     require_exact(make_sketcher("qwen2", "all"))
 
 
