@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.float32_products import add_mm, mm
+
 # Bytes of float32 logits that exist at once where nobody says how many tokens that is.
 LOGIT_BYTES = 64 << 20
 
@@ -62,7 +64,7 @@ class ChunkedHead(nn.Module):
     def logits(self, buffer: "LogitBuffer", hidden: Tensor) -> Tensor:
         """(chunk, vocabulary) in the buffer's wide array, soft cap and scale applied."""
         narrow, wide = buffer.narrow[: len(hidden)], buffer.wide[: len(hidden)]
-        torch.mm(hidden, self.weight.T, out=narrow)
+        mm(hidden, self.weight.T, out=narrow)
         if self.bias is not None:
             narrow += self.bias
         if wide.dtype != narrow.dtype:
@@ -122,9 +124,9 @@ class _TokenLogps(torch.autograd.Function):
             chunk = slice(start, start + head.chunk_tokens)
             d_logits = _logit_gradient(head, buffer, hidden[chunk], targets[chunk], totals[chunk], grad[chunk])
             if d_hidden is not None:
-                torch.mm(d_logits, head.weight, out=d_hidden[chunk])
+                mm(d_logits, head.weight, out=d_hidden[chunk])
             if d_weight is not None:
-                d_weight.addmm_(d_logits.T, hidden[chunk])
+                add_mm(d_weight, d_logits.T, hidden[chunk])
             if d_bias is not None:
                 d_bias += d_logits.sum(dim=0)
         return d_hidden, None if in_place else d_weight, d_bias, None, None
@@ -150,7 +152,7 @@ class _FrozenTokenLogps(torch.autograd.Function):
             logps.append(chosen - total.log())
             logits *= -head.scale / total[:, None]
             logits[torch.arange(len(ids), device=ids.device), ids[:, 0]] += head.scale
-            torch.mm(buffer.to_narrow(logits), weight, out=slopes[chunk])
+            mm(buffer.to_narrow(logits), weight, out=slopes[chunk])
         ctx.save_for_backward(slopes)
         return torch.cat(logps)
 

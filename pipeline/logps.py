@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.chunked_head import ChunkedHead, causal_model
+from pipeline.float32_products import use_float32_products
 from pipeline.prompt_groups import PromptGroups, positions
 
 Tokens = Sequence[int] | np.ndarray
@@ -98,6 +99,7 @@ class ResponseLogps(nn.Module):
     def __init__(self, model: nn.Module, chunk_tokens: int | None) -> None:
         super().__init__()
         self.model = model
+        use_float32_products(model)
         self.head = ChunkedHead(model, chunk_tokens)
 
     def accumulate_in_place(self) -> None:
