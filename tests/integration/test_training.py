@@ -272,18 +272,18 @@ def test_peak_memory_is_what_the_dry_run_says(tmp_path):
 
 
 def test_no_array_of_the_models_size_is_held_beside_weights_one_gradient_and_moments(tmp_path):
-    """The embeddings are most of it: 73 MiB, 16 % of what comes on top of the program.
+    """The embeddings are most of it: 146 MiB. What the kernel maps of the program's files varies by 50 with its cache.
 
     Two micro-batches and two steps, so that gradients meet others, and moments and a checkpoint the next forward.
     """
     pairs = write_pairs(tmp_path / "pairs", 8, test_share=0.0)
-    shape = {"vocab_size": 150_000, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 12}
+    shape = {"vocab_size": 300_000, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 12}
     model = write_model(tmp_path / "model", **shape)
     write_reference_cache(tmp_path / "logps", pairs, model)
     settings = {"batch_size": 8, "micro_batch_size": 4, "epochs": 1.0, "learning_rate": 1e-5, "checkpoint_every": 1}
     plan = plan_memory(model, pairs, TrainParams.model_validate(TRAIN | settings), "all")
     summary = train(tmp_path, tmp_path, **settings)
-    assert plan.total - PROGRAM_BYTES == pytest.approx(summary["peak_bytes"] - PROGRAM_BYTES, rel=0.12)
+    assert plan.total == pytest.approx(summary["peak_bytes"], abs=125 << 20)
 
 
 def train(root: Path, out: Path, *, variant: str = "dpo", **settings):
