@@ -35,4 +35,4 @@ if [ "$variant" = cpu ]; then
     # Nothing here uses images, sound or video.
     "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 fi
-"$venv/bin/python" -m pipeline.plots_page .dvc/plots/offline.html
+"$venv/bin/python" -m pipeline.report.vega .dvc/plots/offline.html

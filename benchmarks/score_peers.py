@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from pipeline.prepared_data import read_pairs, read_responses
+from pipeline.data.tables import read_pairs, read_responses
 
 Pair = dict[str, list[int]]  # prompt_ids, chosen_ids, rejected_ids
 Sums = list[tuple[float, float]]
@@ -73,7 +73,7 @@ def by_trl(model: torch.nn.Module, pairs: list[Pair], batch_size: int, dtype: st
 
 
 def tokenizer_of(model: torch.nn.Module) -> Any:
-    from pipeline.tokenizer import open_tokenizer
+    from pipeline.model.tokenizer import open_tokenizer
 
     tokenizer = open_tokenizer(Path(model.name_or_path))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

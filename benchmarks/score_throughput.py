@@ -27,7 +27,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.prepared_data import read_pairs, read_responses  # noqa: E402
+from pipeline.data.tables import read_pairs, read_responses  # noqa: E402
 
 PRESET = ROOT / "presets" / "ultrafeedback-from-scratch.yaml"
 MODEL = {

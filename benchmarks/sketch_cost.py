@@ -81,7 +81,7 @@ def sum_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> Any:
 
 def plain(options: argparse.Namespace, name: str, part: str) -> float:
     """Forward and backward of what trains, seconds a token: a DPO step without its optimiser."""
-    from pipeline.trainable import select_trainable
+    from pipeline.model.trainable import select_trainable
 
     model = select_trainable(build(name), trainable_of(part))
     rows = sequences(options, model.config.vocab_size, options.rows)
@@ -104,7 +104,7 @@ def trainable_of(part: str) -> Any:
 def sketch(options: argparse.Namespace, name: str, part: str, k: int) -> tuple[float, int]:
     """Seconds a token, and numbers a response."""
     from pipeline.params import SketchParams
-    from pipeline.sketcher import Sketcher
+    from pipeline.sketches.sketcher import Sketcher
 
     model = build(name)
     sketcher = Sketcher(model, SketchParams(mode="tensorsketch", k=k), trainable_of(part))
@@ -118,7 +118,7 @@ def penalty(options: argparse.Namespace, responses: int, width: int) -> float:
     """The global penalty and its gradient, seconds a step."""
     import torch
 
-    from pipeline.nullspace import SketchedGradients
+    from pipeline.auxdpo.nullspace import SketchedGradients
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = torch.randn(responses, width)

@@ -19,10 +19,10 @@ sys.path.insert(0, str(ROOT))
 
 from score_throughput import MODEL, PRESET, first_lines, prepare_and_make_model, stage  # noqa: E402
 
-from pipeline.batches import batch_indices  # noqa: E402
-from pipeline.pair_batches import PairBatches  # noqa: E402
+from pipeline.training.batches import batch_indices  # noqa: E402
+from pipeline.training.pairs import PairBatches  # noqa: E402
 
-# The settings of the training ranks (pipeline/launch.py), for peers too.
+# The settings of the training ranks (pipeline/runs/launch.py), for peers too.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30), "OMP_WAIT_POLICY": "PASSIVE"}
 LAYOUTS = ("shared_prompts", "packed", "padded")
 PEERS = ("online", "precompute")

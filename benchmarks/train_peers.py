@@ -20,8 +20,8 @@ from score_peers import Pair, load_pairs, tokenizer_of
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.utils import logging
 
-from pipeline.batches import batch_indices
-from pipeline.pair_batches import PairBatches
+from pipeline.training.batches import batch_indices
+from pipeline.training.pairs import PairBatches
 
 
 class StepTimes(TrainerCallback):  # type: ignore[misc]

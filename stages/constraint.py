@@ -26,6 +26,6 @@ def command(params: "Params", variant: str, sketches: Path, out: Path) -> None:
       refcache constraint --variant auxdpo --sketches data/reference/sketches \\
         --out data/reference/constraints/auxdpo.json
     """
-    from pipeline.constraint import write_stamp
+    from pipeline.auxdpo.requirements import write_stamp
 
     write_stamp(variant, params.train.variant(variant), sketches, out)

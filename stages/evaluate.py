@@ -37,7 +37,7 @@ def command(
       refcache evaluate --variant dpo --seed 0 --pairs data/prepared/pairs --model models/reference \\
         --policy models/policies/dpo-0 --reference data/reference/logps --metrics results/dpo-0/evaluate.json
     """
-    from pipeline.evaluation import evaluate_policy
+    from pipeline.evaluation.evaluation import evaluate_policy
 
     summary = evaluate_policy(
         variant=variant,

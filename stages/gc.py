@@ -42,7 +42,7 @@ def command(
       refcache gc --pairs data/prepared/pairs --dry-run
       refcache gc --pairs data/prepared/pairs --pairs ../other-branch/data/prepared/pairs
     """
-    from pipeline.garbage import collect_garbage
+    from pipeline.upkeep.garbage import collect_garbage
 
     done = collect_garbage(
         pairs=pairs,

@@ -34,7 +34,7 @@ def command(path: Path, tokenizer: Path | None, extremes: int, as_json: bool) ->
       refcache inspect data/reference/logps --json | jq .token_logp
       refcache inspect data/reference/sketches
     """
-    from pipeline.inspection import inspect_reference
+    from pipeline.upkeep.inspection import inspect_reference
 
     if tokenizer is None and DEFAULT_TOKENIZER.is_dir():
         tokenizer = DEFAULT_TOKENIZER

@@ -33,7 +33,7 @@ def command(params: "Params", sft: Path, tokenizer: Path, pairs: Path, summary: 
       refcache prepare --sft data/prepared/sft.parquet --tokenizer data/prepared/tokenizer \\
         --pairs data/prepared/pairs --summary data/prepared/summary.json --on-bad-row skip
     """
-    from pipeline.prepare import prepare_data
+    from pipeline.data.prepare import prepare_data
 
     counts = prepare_data(
         params.prepare,

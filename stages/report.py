@@ -26,7 +26,7 @@ def command(params: "Params", prepared: Path, sft: Path, score: Path, results: P
       refcache report --prepared data/prepared/summary.json --sft results/sft/metrics.json \\
         --score results/score/metrics.json --results results --out report
     """
-    from pipeline.report import write_report
+    from pipeline.report.collect import write_report
 
     train = params.train.model_dump(exclude={"variants"})
     trainable = params.trainable if isinstance(params.trainable, str) else params.trainable.model_dump()

@@ -30,7 +30,7 @@ def command(params: "Params", pairs: Path, model: Path, out: Path, metrics: Path
       refcache score --pairs data/prepared/pairs --model models/reference \\
         --out data/reference/logps --metrics results/score/metrics.json
     """
-    from pipeline.scoring import score_responses
+    from pipeline.reference.scoring import score_responses
 
     summary = score_responses(
         pairs=pairs,

@@ -26,7 +26,7 @@ def command(params: "Params", sft: Path, tokenizer: Path, out: Path, history: Pa
       refcache sft --sft data/prepared/sft.parquet --tokenizer data/prepared/tokenizer \\
         --out models/reference --history results/sft/history.tsv --metrics results/sft/metrics.json
     """
-    from pipeline.sft import fine_tune
+    from pipeline.runs.sft import fine_tune
 
     fine_tune(
         sft=sft,

@@ -29,7 +29,7 @@ def command(params: "Params", pairs: Path, model: Path, out: Path, metrics: Path
       refcache sketch --pairs data/prepared/pairs --model models/reference --out data/reference/sketches \\
         --metrics results/sketch/metrics.json --set sketch.mode=tensorsketch
     """
-    from pipeline.sketching import sketch_responses
+    from pipeline.reference.sketching import sketch_responses
 
     summary = sketch_responses(
         pairs=pairs,

@@ -66,11 +66,11 @@ def command(
     """
     if exact and offsets is None:
         raise click.UsageError("--exact measures trained offsets; name their file with --offsets.")
-    from pipeline.sketch_report import report_sketches, write_report
+    from pipeline.upkeep.sketch_report import report_sketches, write_report
 
     found = report_sketches(path, null_weights=null_weights, ridge=ridge, rows=rows, seed=seed)
     if offsets is not None:
-        from pipeline.offset_report import report_offsets  # torch, which the rest does without
+        from pipeline.upkeep.offset_report import report_offsets  # torch, which the rest does without
 
         trained = trained or Path("results") / offsets.parent.name / "train.json"
         measured = report_offsets(path, offsets, trained=trained, pairs=pairs, model=model if exact else None)

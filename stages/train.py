@@ -53,15 +53,15 @@ def command(
         --history results/dpo-0/history.tsv --metrics results/dpo-0/train.json
     """
     if dry_run:
-        from pipeline.memory_plan import plan_memory
         from pipeline.params import variant_loop
+        from pipeline.runs.memory_plan import plan_memory
 
         loop, objective = variant_loop(params.train, variant), params.train.variant(variant)
         plan = plan_memory(model, pairs, loop, params.trainable, objective=objective, sketches=sketches)
         for line in plan.lines():
             click.echo(line)
         return
-    from pipeline.preference_training import train_policy
+    from pipeline.runs.policy import train_policy
 
     train_policy(
         variant=variant,

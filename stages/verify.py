@@ -10,9 +10,9 @@ from stages.options import default_path_option, params_file_options
 if TYPE_CHECKING:
     from cache.manifest import Shard
     from pipeline.params import Params
-    from pipeline.repair import Repair
+    from pipeline.upkeep.repair import Repair
 
-SHOWN_ROWS = 20  # flagged rows that are listed; pipeline.drift_check returns more
+SHOWN_ROWS = 20  # flagged rows that are listed; pipeline.upkeep.drift_check returns more
 
 
 @click.command(name="verify")
@@ -55,7 +55,7 @@ def command(
         _verify(path)
         return
     from cache.sketches import SKETCHES, stored_kind
-    from stages.params_file import load_params
+    from pipeline.params.reading import load_params
 
     params = load_params(params_file, overrides)
     if stored_kind(path) == SKETCHES:
@@ -93,14 +93,14 @@ def _report(shard: "Shard") -> None:
 
 
 def _repair(path: Path, **options: Any) -> None:
-    from pipeline.repair import repair_reference
+    from pipeline.upkeep.repair import repair_reference
 
     _show_repair(path, repair_reference(path, **options), "scored")
 
 
 def _repair_sketches(path: Path, *, drift: bool, params: "Params", metrics: Path | None, **options: Any) -> None:
     from pipeline.errors import RequestError
-    from pipeline.repair import repair_sketches
+    from pipeline.upkeep.repair import repair_sketches
 
     if drift:
         raise RequestError(f"{path} holds sketches; --drift compares log-probs. Run it without --drift.")
@@ -127,7 +127,7 @@ def _show_repair(path: Path, done: "Repair", computed: str) -> None:
 
 
 def _check_drift(path: Path, *, tolerance: float, rescore: bool, **options: Any) -> None:
-    from pipeline.drift_check import check_reference_drift
+    from pipeline.upkeep.drift_check import check_reference_drift
 
     found = check_reference_drift(path, tolerance=tolerance, rescore=rescore, **options)
     spread = found["per_sequence"]

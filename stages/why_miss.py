@@ -37,7 +37,7 @@ def command(params: "Params", pairs: Path, model: Path, sketches: bool, referenc
       refcache why-miss --set score.dtype=bfloat16
       refcache why-miss --sketches --set trainable=last_block
     """
-    from pipeline.reuse import explain_reuse, explain_sketch_reuse
+    from pipeline.upkeep.why_miss import explain_reuse, explain_sketch_reuse
 
     if sketches:
         found = explain_sketch_reuse(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from studies.settings import load_section
+from studies.pages.settings import load_section
 
 
 @click.group()
@@ -34,8 +34,8 @@ def study_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @study_options
 def landscapes(file: Path, page: Path, figure: Path) -> None:
     """Loss landscapes over the probabilities of a chosen and a rejected response."""
-    from studies.landscape_page import write
-    from studies.landscapes import LandscapeParams, survey
+    from studies.landscapes.page import write
+    from studies.landscapes.survey import LandscapeParams, survey
 
     started = perf_counter()
     params = load_section(file, "landscapes", LandscapeParams)
@@ -48,8 +48,8 @@ def landscapes(file: Path, page: Path, figure: Path) -> None:
 @study_options
 def toy(file: Path, page: Path, figure: Path) -> None:
     """Where objectives move probability: four prompts, four responses, a small network, many seeds."""
-    from studies.toy import ToyParams, run
-    from studies.toy_page import write
+    from studies.toy.networks import ToyParams, run
+    from studies.toy.page import write
 
     started = perf_counter()
     params = load_section(file, "toy", ToyParams)
@@ -62,8 +62,8 @@ def toy(file: Path, page: Path, figure: Path) -> None:
 @study_options
 def misspecification(file: Path, page: Path, figure: Path) -> None:
     """A contextual bandit whose policy can't represent the reward: DPO, AuxDPO, and sketched constraints."""
-    from studies.misspecification import MisspecificationParams, run
-    from studies.misspecification_page import write
+    from studies.misspecification.page import write
+    from studies.misspecification.worlds import MisspecificationParams, run
 
     started = perf_counter()
     params = load_section(file, "misspecification", MisspecificationParams)

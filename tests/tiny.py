@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cache import logps_table, open_reference, prompt_key, publish_reference, response_key
-from pipeline.prepared_data import PAIRS_SCHEMA, RESPONSES_SCHEMA, SFT_SCHEMA, read_responses, write_table
-from pipeline.weights import reference_identity
+from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, SFT_SCHEMA, read_responses, write_table
+from pipeline.model.digests import reference_identity
 
 VOCABULARY = 64
 EOS = 2

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from pipeline.kernels import TIMES, TOLERANCE, choose_kernels, difference, use_flex, use_liger
-from pipeline.layout import ATTENTION
-from pipeline.logps import ResponseLogps, pack
+from pipeline.forward.kernels import TIMES, TOLERANCE, choose_kernels, difference, use_flex, use_liger
+from pipeline.forward.layout import ATTENTION
+from pipeline.forward.logps import ResponseLogps, pack
 from pipeline.params import SftParams
 from tests.pipeline.test_kernels import doubles_the_gradient, sequences
 from tests.pipeline.test_layouts import losses_and_gradient, tiny_model

@@ -22,13 +22,17 @@ import torch  # noqa: F401
 from pydantic import TypeAdapter
 from transformers import Qwen2ForCausalLM  # noqa: F401
 
-from pipeline import deepspeed_engine, models, sft_task  # noqa: F401
-from pipeline.deepspeed_engine import Engine
-from pipeline.history import History
+from pipeline.model import folders as models
 from pipeline.params import ModelParams, SftParams, Trainable, TrainParams
-from pipeline.preference_task import PreferenceTask
-from pipeline.preference_training import train_policy
-from pipeline.sft import fine_tune
+from pipeline.runs.policy import train_policy
+from pipeline.runs.sft import fine_tune
+from pipeline.training.deepspeed_engine import Engine
+from pipeline.training.history import History
+from pipeline.training.loop import (
+    deepspeed_engine,
+    sft_task,  # noqa: F401
+)
+from pipeline.training.preference_task import PreferenceTask
 from stages.__main__ import exit_code
 
 UNEXPECTED = 3  # exit code of a rank that failed in no foreseen way

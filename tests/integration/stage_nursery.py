@@ -19,9 +19,11 @@ import torch  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: F401
 
 from cache import Journal, response_key
-from pipeline import drift, scoring  # noqa: F401
-from pipeline.engine_process import EngineProcess
+from pipeline.engine.process import EngineProcess
 from pipeline.params import ScoreParams
+from pipeline.reference import (
+    scoring,
+)
 from stages.__main__ import exit_code
 
 UNEXPECTED = 3  # exit code of a stage that failed in no foreseen way

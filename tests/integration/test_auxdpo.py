@@ -11,8 +11,8 @@ import torch
 from cache import CacheIncomplete, CacheMismatch, open_sketches, publish_reference
 from pipeline.errors import RequestError
 from pipeline.params import Lora, LoraShape, SketchParams, TrainParams
-from pipeline.preference_training import train_policy
-from pipeline.sketching import sketch_responses
+from pipeline.reference.sketching import sketch_responses
+from pipeline.runs.policy import train_policy
 from tests.integration.trainings import TRAIN, RanksEnded, inputs, outputs, without_speed
 from tests.tiny import write_model, write_pairs, write_reference_cache
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoints import complete_checkpoints
+from pipeline.training.checkpoints import complete_checkpoints
 from tests.integration.trainings import ROOT, Finished, params_file, rank_pids, train_command
 
 pytestmark = pytest.mark.slow

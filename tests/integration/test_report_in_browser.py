@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.plots_page import write_plots_page
+from pipeline.report.vega import write_plots_page
 from tests.pipeline.report_inputs import change_json, report, write_inputs
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")

@@ -5,7 +5,7 @@ Ranks are forks (rank_nursery.py) that get SIGKILL at chosen moments; nothing el
 
 import pytest
 
-from pipeline.checkpoints import complete_checkpoints, place
+from pipeline.training.checkpoints import complete_checkpoints, place
 from tests.integration.trainings import RanksEnded, without_speed
 from tests.tiny import write_reference_cache
 

@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file
 
 from cache import CacheIncomplete, CacheMismatch, open_reference
-from pipeline.batches import batch_indices
-from pipeline.drift import ensure_drift
+from pipeline.data.tables import read_pairs, scan_responses
 from pipeline.errors import RequestError
-from pipeline.memory_plan import PROGRAM_BYTES, plan_memory
 from pipeline.params import TrainParams
-from pipeline.preference_training import train_policy
-from pipeline.prepared_data import read_pairs, scan_responses
+from pipeline.reference.drift import ensure_drift
+from pipeline.runs.memory_plan import PROGRAM_BYTES, plan_memory
+from pipeline.runs.policy import train_policy
+from pipeline.training.batches import batch_indices
 from tests.integration.trainings import ROOT, TRAIN, RanksEnded, inputs, outputs, read_table, without_speed
 from tests.tiny import (
     TINY_MODEL,
@@ -116,7 +116,7 @@ class TestHeldOutPairs:
 
     def test_the_last_row_is_what_the_finished_policy_gives_them(self, one_rank, phase_one):
         """With transformers' own forward of the policy, and the reference cache."""
-        from pipeline.splitting import held_out_rows
+        from pipeline.data.splitting import held_out_rows
         from tests.tiny import plain_logps
 
         test = read_pairs(phase_one / "pairs", "test")
@@ -367,6 +367,6 @@ class TestRefusals:
             train(tmp_path, tmp_path, evaluate_every=5)
 
     def test_a_tracker_that_is_not_installed(self, phase_one, tmp_path, monkeypatch):
-        monkeypatch.setattr("pipeline.trackers.find_spec", lambda name: None)
+        monkeypatch.setattr("pipeline.training.trackers.find_spec", lambda name: None)
         with pytest.raises(RequestError, match="pip install tensorboard wandb"):
             train(phase_one, tmp_path, log_to=["tensorboard", "wandb"])

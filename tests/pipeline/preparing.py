@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.prepare import prepare_data
 from pipeline.params import ModelParams, PrepareParams
-from pipeline.prepare import prepare_data
 
 SCRATCH = ModelParams.model_validate({"scratch": {"vocabulary_size": 300}})
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.report import write_report
+from pipeline.report.collect import write_report
 
 
 def write_inputs(

@@ -6,11 +6,11 @@ import pyarrow as pa
 import pytest
 
 from cache import Journal, prompt_key, response_key
+from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, write_table
+from pipeline.model.digests import reference_identity
 from pipeline.params import ScoreParams, SketchParams
-from pipeline.prepared_data import PAIRS_SCHEMA, RESPONSES_SCHEMA, write_table
-from pipeline.scoring import score_responses
-from pipeline.sketching import sketch_responses
-from pipeline.weights import reference_identity
+from pipeline.reference.scoring import score_responses
+from pipeline.reference.sketching import sketch_responses
 
 PARAMS = ScoreParams(enforce_eager=True, rows_per_call=6, drift_sample=8)
 SKETCH = SketchParams(mode="tensorsketch", source="engine", k=64, audit=32)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from cache.key_set import key_array
-from pipeline.nullspace import Projection, SketchedGradients
-from pipeline.objective_params import AuxDPO
+from pipeline.auxdpo.nullspace import Projection, SketchedGradients
+from pipeline.auxdpo.offsets import Offsets
 from pipeline.objectives import PairLogps, auxdpo, dpo
-from pipeline.offsets import Offsets
+from pipeline.params.objectives import AuxDPO
 from tests.cache.test_sketches import keys
 
 REWARDS = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.batches import batch_indices, micro_batches, steps_for
+from pipeline.training.batches import batch_indices, micro_batches, steps_for
 
 
 @given(st.integers(1, 60), st.integers(1, 16), st.integers(0, 3), st.integers(1, 3))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.checkpoints import complete_checkpoints, drop_unsound, fault_of, place, prune, seal
+from pipeline.training.checkpoints import complete_checkpoints, drop_unsound, fault_of, place, prune, seal
 
 
 def write(folder, *steps, sealed=True):

@@ -8,10 +8,10 @@ import pytest
 
 from cache import CacheIncomplete, CacheMismatch, SketchIdentity, publish_reference
 from cache.sketches import canonical_json
-from pipeline.constraint import open_fitting, require_responses, write_stamp
+from pipeline.auxdpo.requirements import open_fitting, require_responses, write_stamp
 from pipeline.errors import RequestError
-from pipeline.objective_params import DPO, AuxDPO
 from pipeline.params import Lora, LoraShape
+from pipeline.params.objectives import DPO, AuxDPO
 from tests.cache.test_sketches import GROUPS, IDENTITY, keys, make_rows
 
 OURS = {"weights": IDENTITY.weights, "config": IDENTITY.config, "trainable": "all"}

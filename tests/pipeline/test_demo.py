@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.demo import (
+from pipeline.data.demo import (
     MAX_PAIRS_PER_PROMPT,
     MAX_REWARD,
     MIN_REWARD,

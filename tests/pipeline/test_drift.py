@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from cache import Journal, ReferenceIdentity, logps_table, open_reference, prompt_key, publish_reference, response_key
-from pipeline import drift
+from pipeline.reference import drift
 
 IDENTITY = ReferenceIdentity(
     weights="ab", config="cd", adapter=None, dtype="float32", quantization=None, engine="vllm", engine_version="0.32.0"

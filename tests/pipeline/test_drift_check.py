@@ -23,12 +23,14 @@ from cache import (
     response_key,
     verify,
 )
-from pipeline import drift_check, scoring, supervision
-from pipeline.drift import choose_sample, keys_digest, transformers_logps
-from pipeline.drift_check import check_reference_drift, describe
+from pipeline.data.tables import read_pairs, read_responses
+from pipeline.engine import supervision
 from pipeline.errors import RunFailed
 from pipeline.params import ScoreParams
-from pipeline.prepared_data import read_pairs, read_responses
+from pipeline.reference import scoring
+from pipeline.reference.drift import choose_sample, keys_digest, transformers_logps
+from pipeline.upkeep import drift_check
+from pipeline.upkeep.drift_check import check_reference_drift, describe
 from pipeline.workspace import journal_folder
 from tests.tiny import plain_logps, shift_row, write_model, write_pairs, write_reference_cache
 
@@ -206,7 +208,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from cache import Journal
-from pipeline import drift_check
+from pipeline.upkeep import drift_check
 
 append, drift_check.JOURNAL_ROWS = Journal.append, 1
 

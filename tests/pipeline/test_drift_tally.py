@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.drift import drift_statistics
-from pipeline.drift_tally import DriftTally
+from pipeline.reference.drift import drift_statistics
+from pipeline.reference.drift_statistics import DriftTally
 
 # Differences from rounding noise to gross errors, and exact agreement.
 differences = st.one_of(st.just(0.0), st.floats(1e-9, 1e3), st.floats(-1e3, -1e-9))

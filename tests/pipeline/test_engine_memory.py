@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from pipeline.engine_probe import Probe
-from pipeline.engine_process import EngineProcess
+from pipeline.engine.probe import Probe
+from pipeline.engine.process import EngineProcess
+from pipeline.engine.rows import EngineLength
 from pipeline.params import ScoreParams
-from pipeline.scoring_plan import EngineLength
 from tests.pipeline.tiny_reference import MODEL, quick_engine
 
 pytestmark = pytest.mark.slow

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.engine_probe import make_probe, probe_rows
+from pipeline.engine.probe import make_probe, probe_rows
 from tests.pipeline.tiny_reference import POSITIONS, transformers_token_logps, write_model
 from tests.tiny import VOCABULARY
 

@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from pipeline.engine_process import EngineProcess, engine_environment, orderly_termination
+from pipeline.engine.process import EngineProcess, engine_environment, orderly_termination
+from pipeline.engine.rows import EngineLength
 from pipeline.errors import RunFailed
 from pipeline.params import ScoreParams
-from pipeline.scoring_plan import EngineLength
 
 PARAMS = ScoreParams(timeout_seconds=1)
 LENGTH = EngineLength(16, beyond_limit=False)
@@ -62,7 +62,7 @@ def test_an_engine_that_is_never_loaded_ends_with_its_block(tmp_path):
 DOOMED_STAGE = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.engine_process import EngineProcess
+from pipeline.engine.process import EngineProcess
 from pipeline.params import ScoreParams
 engine = EngineProcess(ScoreParams(), log=Path(sys.argv[1]))
 print(engine.pid, flush=True)

@@ -9,14 +9,14 @@ import polars as pl
 import pytest
 
 from cache import CacheIncomplete, CacheMismatch, logps_table, prompt_key, publish_reference
-from pipeline.engine_process import EngineProcess
+from pipeline.data.tables import read_pairs, read_responses
+from pipeline.engine.process import EngineProcess
+from pipeline.engine.rows import engine_rows, token_arrays
 from pipeline.errors import RequestError
-from pipeline.evaluation import _expected_reward, _is_demo, _Samples, evaluate_policy
+from pipeline.evaluation.evaluation import _expected_reward, _is_demo, _Samples, evaluate_policy
+from pipeline.evaluation.sampling import choose_prompts
+from pipeline.model.digests import reference_identity
 from pipeline.params import EvaluateParams, ScoreParams
-from pipeline.prepared_data import read_pairs, read_responses
-from pipeline.sampling import choose_prompts
-from pipeline.scoring_plan import engine_rows, token_arrays
-from pipeline.weights import reference_identity
 from tests.pipeline.tiny_reference import POSITIONS, quick_engine, transformers_token_logps, write_model
 from tests.tiny import VOCABULARY, write_pairs
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.evaluation_metrics import (
+from pipeline.evaluation.metrics import (
     PairValues,
     category_metrics,
     mean_over_prompts,

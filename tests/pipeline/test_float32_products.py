@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pipeline import float32_products
-from pipeline.float32_products import add_mm, mm, use_float32_products
+from pipeline.forward import float32_products
+from pipeline.forward.float32_products import add_mm, mm, use_float32_products
 
 SIZES = st.integers(1, 9)
 

@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cache import SketchIdentity
-from pipeline.chunked_head import ChunkedHead
-from pipeline.engine_sketching import head_sketches
-from pipeline.head_plan import HeadPlan
-from pipeline.head_sketches import HeadSketcher
-from pipeline.output_head import head_parameters
+from pipeline.forward.head import ChunkedHead
+from pipeline.forward.saved_head import head_parameters
 from pipeline.params import SketchParams
-from pipeline.sketch_hashes import AUDIT, SKETCH
-from pipeline.sketcher import Sketcher
+from pipeline.reference.head_sketching import head_sketches
+from pipeline.sketches.hashes import AUDIT, SKETCH
+from pipeline.sketches.head import HeadSketcher
+from pipeline.sketches.head_plan import HeadPlan
+from pipeline.sketches.sketcher import Sketcher
 from tests.pipeline import slow_sketches
 from tests.pipeline.test_logps import TINY, by_transformers, sequences
 

@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.held_out import HeldOutPairs
+from pipeline.data.splitting import held_out_rows
 from pipeline.params import SftParams
-from pipeline.splitting import held_out_rows
+from pipeline.training.held_out import HeldOutPairs
 
 
 @given(

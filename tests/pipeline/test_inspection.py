@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models
 
 from cache import CacheIncomplete, publish_reference
 from pipeline.errors import RequestError
-from pipeline.inspection import inspect_reference, load_decoder
+from pipeline.upkeep.inspection import inspect_reference, load_decoder
 from tests.cache.rows import identity, keys_of, make_rows
 
 N_ROWS = 400

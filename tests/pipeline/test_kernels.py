@@ -11,14 +11,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_mask
 from transformers import AttentionInterface
 
-from pipeline import flex_attention
 from pipeline.errors import RequestError
-from pipeline.flex_attention import FLEX, attend_at_once
-from pipeline.kernels import choose_kernels, difference, use_flex
-from pipeline.layout import ATTENTION
-from pipeline.logps import collate, pack
+from pipeline.forward import flex_attention
+from pipeline.forward.flex_attention import FLEX, attend_at_once
+from pipeline.forward.kernels import choose_kernels, difference, use_flex
+from pipeline.forward.layout import ATTENTION
+from pipeline.forward.logps import collate, pack
+from pipeline.forward.prompt_groups import PromptGroups, UnsupportedAttention, attend
 from pipeline.params import SftParams
-from pipeline.prompt_groups import PromptGroups, UnsupportedAttention, attend
 from tests.pipeline.test_layouts import ARCHITECTURES, losses_and_gradient, tiny_model
 
 GROUPS = st.lists(st.lists(st.integers(1, 15), min_size=2, max_size=4), min_size=1, max_size=4)

@@ -5,8 +5,8 @@ import fcntl
 import pytest
 
 from pipeline.errors import RunFailed
-from pipeline.launch import Job, launch, work_folder
 from pipeline.params import SftParams
+from pipeline.runs.launch import Job, launch, work_folder
 
 
 def test_a_second_run_is_refused_and_leaves_the_first_ones_files_alone(tmp_path):

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from pipeline.errors import RequestError
-from pipeline.launcher import hostfile, rank_command
-from pipeline.worker import _heart_beats
+from pipeline.runs.processes import hostfile, rank_command
+from pipeline.runs.worker import _heart_beats
 
 
 def devices(command):
@@ -48,12 +48,12 @@ class TestHostfile:
         monkeypatch.setenv("REFCACHE_LAUNCHER_OPTIONS", "--launcher openmpi --master_port 1234")
         words = rank_command(tmp_path / "job.json", 16, tmp_path / "hosts")
         assert words[words.index("--hostfile") + 1] == str(tmp_path / "hosts")
-        assert words[-6:-1] == ["openmpi", "--master_port", "1234", "--module", "pipeline.worker"]
+        assert words[-6:-1] == ["openmpi", "--master_port", "1234", "--module", "pipeline.runs.worker"]
 
 
 def test_a_stage_on_another_host_counts_as_gone_once_its_heartbeat_stands_still(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("pipeline.worker.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pipeline.runs.worker.time.monotonic", lambda: now[0])
     beats = _heart_beats(tmp_path / "heartbeat")
     for beat in range(3):
         (tmp_path / "heartbeat").write_text(str(beat))

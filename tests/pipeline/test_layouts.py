@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline import prompt_groups
 from pipeline.errors import RequestError
-from pipeline.layout import ATTENTION, choose_layout
-from pipeline.logps import ResponseLogps, collate, pack, sequence_sums
-from pipeline.prompt_groups import PromptGroups, UnsupportedAttention, attend
+from pipeline.forward import prompt_groups
+from pipeline.forward.layout import ATTENTION, choose_layout
+from pipeline.forward.logps import ResponseLogps, collate, pack, sequence_sums
+from pipeline.forward.prompt_groups import PromptGroups, UnsupportedAttention, attend
 from tests.pipeline.test_logps import TINY
 
 ARCHITECTURES = {

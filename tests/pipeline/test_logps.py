@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.chunked_head import ChunkedHead
-from pipeline.logps import ResponseLogps, collate, sequence_sums
+from pipeline.forward.head import ChunkedHead
+from pipeline.forward.logps import ResponseLogps, collate, sequence_sums
 
 TINY = {
     "vocab_size": 61,

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from cache import CacheIncomplete, open_sketches, publish_reference
-from pipeline import nullspace
+from pipeline.auxdpo import nullspace
+from pipeline.auxdpo.nullspace import Projection, SketchedGradients, exact_penalty, load_gradients
 from pipeline.errors import RequestError
-from pipeline.logps import ResponseLogps
-from pipeline.nullspace import Projection, SketchedGradients, exact_penalty, load_gradients
+from pipeline.forward.logps import ResponseLogps
 from pipeline.params import SketchParams
-from pipeline.sketcher import Sketcher
+from pipeline.sketches.sketcher import Sketcher
 from tests.cache.test_sketches import GROUPS, IDENTITY, keys, make_rows, make_values
 from tests.pipeline.test_logps import sequences, tiny_model
 

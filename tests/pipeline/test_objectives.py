@@ -10,9 +10,9 @@ import pytest
 import torch
 from pydantic import AfterValidator, TypeAdapter
 
-from pipeline import objective_params
-from pipeline.interval import Interval
 from pipeline.objectives import OBJECTIVES, PairLogps, bdpo
+from pipeline.params import objectives as objective_params
+from pipeline.params.interval import Interval
 from tests.pipeline.objective_cases import CASES, IDS, pair
 
 VARIANTS = TypeAdapter(objective_params.AnyVariant)

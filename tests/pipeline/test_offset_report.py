@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from pipeline.offset_report import report_offsets
-from pipeline.offsets import TABLE_SCHEMA
+from pipeline.auxdpo.offsets import TABLE_SCHEMA
+from pipeline.data.tables import read_pairs, read_responses, write_table
 from pipeline.params import SketchParams
-from pipeline.prepared_data import read_pairs, read_responses, write_table
-from pipeline.sketching import sketch_responses
+from pipeline.reference.sketching import sketch_responses
+from pipeline.upkeep.offset_report import report_offsets
 from stages.__main__ import main
 from tests.pipeline.slow_sketches import exact_gradients
 from tests.tiny import write_model, write_pairs

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cache import open_sketches, publish_reference
+from pipeline.auxdpo.nullspace import Projection, load_gradients
+from pipeline.auxdpo.rank_share import centre, open_offsets, planned_bytes, share_of
 from pipeline.errors import RequestError
-from pipeline.nullspace import Projection, load_gradients
-from pipeline.offset_sketches import centre, open_offsets, planned_bytes, share_of
 from tests.cache.test_sketches import IDENTITY, keys, make_rows
 from tests.pipeline.test_nullspace import draw
 from tests.pipeline.test_offsets import PROMPTS, SIDES, M, centred, logps, make, params, sketched

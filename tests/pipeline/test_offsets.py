@@ -7,11 +7,11 @@ import torch
 from torch.nn.functional import softplus
 
 from cache.key_set import key_array
+from pipeline.auxdpo.nullspace import Projection, SketchedGradients
+from pipeline.auxdpo.offsets import Offsets, response_weights, summarise_shares
 from pipeline.errors import RunFailed
-from pipeline.nullspace import Projection, SketchedGradients
-from pipeline.objective_params import AuxDPO
-from pipeline.offsets import Offsets, response_weights, summarise_shares
-from pipeline.pair_logps import PairLogps
+from pipeline.objectives.pair import PairLogps
+from pipeline.params.objectives import AuxDPO
 from tests.cache.test_sketches import keys
 from tests.pipeline.test_nullspace import draw, weighted
 

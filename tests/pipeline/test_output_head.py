@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.output_head import load_output_head
+from pipeline.forward.saved_head import load_output_head
 from tests.tiny import TINY_MODEL, VOCABULARY
 
 ARCHITECTURES = {

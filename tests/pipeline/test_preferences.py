@@ -2,11 +2,11 @@
 
 import pytest
 
-from pipeline.dialogues import Message, readable
+from pipeline.data.dialogues import Message, readable
+from pipeline.data.preferences import Preference, SupervisedExample, parse_preferences, parse_supervised
+from pipeline.data.sources import BadRow, Row
 from pipeline.errors import RequestError
 from pipeline.params import ColumnNames
-from pipeline.preferences import Preference, SupervisedExample, parse_preferences, parse_supervised
-from pipeline.sources import BadRow, Row
 
 COLUMNS = ColumnNames()
 

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache.keys import prompt_key, response_key
-from pipeline.demo import true_reward
+from pipeline.data.demo import true_reward
+from pipeline.data.tables import SFT_SCHEMA, read_pairs, read_responses, read_sft
 from pipeline.errors import RequestError
 from pipeline.params import ModelParams, PrepareParams
-from pipeline.prepared_data import SFT_SCHEMA, read_pairs, read_responses, read_sft
 from tests.pipeline import chat_tokenizers
 from tests.pipeline.preparing import digests, file_params, pair_rows, prepare_into, sft_rows, write_jsonl
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from pipeline.data.tables import read_pairs, read_responses, read_sft
 from pipeline.params import ModelParams
-from pipeline.prepared_data import read_pairs, read_responses, read_sft
 from tests.pipeline import chat_tokenizers
 from tests.pipeline.preparing import file_params, prepare_into
 

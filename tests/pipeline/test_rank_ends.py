@@ -3,7 +3,7 @@
 import os
 import socket
 
-from pipeline.rank_ends import RankNotes, culprits
+from pipeline.runs.rank_notes import RankNotes, culprits
 
 
 def begin(folder, ranks):

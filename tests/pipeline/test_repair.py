@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from cache import Journal, open_reference, publish_reference, shards, verify
-from pipeline import supervision
+from pipeline.engine import supervision
 from tests.pipeline.tiny_project import Project, write_project
 from tests.pipeline.tiny_reference import quick_engine, write_model
 

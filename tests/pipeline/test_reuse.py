@@ -7,9 +7,10 @@ import pytest
 
 from cache import Journal, ReferenceIdentity, open_reference, publish_reference
 from cache.identity import IDENTITY, record_identity, recorded_identity
-from pipeline import supervision, weights
+from pipeline.engine import supervision
+from pipeline.model import digests as weights
 from pipeline.params import ScoreParams
-from pipeline.scoring import score_responses
+from pipeline.reference.scoring import score_responses
 from tests.pipeline.tiny_project import Project, write_project
 from tests.tiny import write_pairs
 

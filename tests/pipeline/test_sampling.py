@@ -9,7 +9,7 @@ import pytest
 
 from cache import prompt_key
 from pipeline.errors import RequestError
-from pipeline.sampling import choose_prompts, loadable, stop_token_ids
+from pipeline.evaluation.sampling import choose_prompts, loadable, stop_token_ids
 from tests.tiny import EOS, write_tokenizer
 
 

@@ -10,12 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cache import open_reference, open_sketches, prompt_key, response_key, verify
-from pipeline import scoring, supervision
-from pipeline.drift import summary as drift_summary
-from pipeline.engine_process import EngineProcess
+from pipeline.data.tables import read_responses
+from pipeline.engine import supervision
+from pipeline.engine.process import EngineProcess
 from pipeline.errors import RequestError
-from pipeline.prepared_data import read_responses
-from pipeline.weights import reference_identity
+from pipeline.model.digests import reference_identity
+from pipeline.reference import scoring
+from pipeline.reference.drift import summary as drift_summary
 from tests.integration import kills
 from tests.pipeline.scoring_project import SKETCH, Project, write_prepared
 from tests.pipeline.slow_sketches import slow_sketch

@@ -10,9 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache import prompt_key, response_key
-from pipeline.errors import RequestError
-from pipeline.params import ScoreParams
-from pipeline.scoring_plan import (
+from pipeline.engine.rows import (
     ModelLimits,
     bad_rows,
     calls,
@@ -23,6 +21,8 @@ from pipeline.scoring_plan import (
     model_limits,
     scoring_order,
 )
+from pipeline.errors import RequestError
+from pipeline.params import ScoreParams
 from tests.tiny import TINY_MODEL
 
 LIMITS = ModelLimits(vocabulary=64, positions=16)

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from pipeline.errors import RequestError
+from pipeline.model.digests import reference_identity
+from pipeline.model.tokenizer import load_tokenizer as load_project_tokenizer
+from pipeline.model.tokenizer import open_tokenizer
 from pipeline.params import ModelParams, SftParams
-from pipeline.sft import fine_tune
-from pipeline.tokenizer import load_tokenizer as load_project_tokenizer
-from pipeline.tokenizer import open_tokenizer
-from pipeline.weights import reference_identity
+from pipeline.runs.sft import fine_tune
 from tests.tiny import TINY_MODEL, write_model, write_sft, write_tokenizer
 
 
@@ -60,7 +60,7 @@ def test_missing_rows_name_the_stage_that_writes_them(tmp_path):
 
 @pytest.mark.parametrize("scratch", [{"architecture": "qwen22"}, {"config": {"hiden_size": 8}}])
 def test_misspelt_scratch_models_are_named(tmp_path, scratch):
-    from pipeline.models import initial_model, load_tokenizer
+    from pipeline.model.folders import initial_model, load_tokenizer
 
     word = scratch.get("architecture", "hiden_size")
     with pytest.raises(RequestError, match=word):

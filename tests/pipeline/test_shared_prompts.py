@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.shared_prompts import complete, prompt_salt
+from pipeline.engine.answers import complete, prompt_salt
 
 
 def true_logps(prompt, response):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline import sketch_collection, sketch_maths
 from pipeline.errors import RequestError, RunFailed
 from pipeline.params import LastFraction, Lora, LoraShape, SketchParams
-from pipeline.sketch_hashes import AUDIT, SKETCH, canonical_name
-from pipeline.sketcher import Sketcher
+from pipeline.sketches import collector as sketch_collection
+from pipeline.sketches import sums as sketch_maths
+from pipeline.sketches.hashes import AUDIT, SKETCH, canonical_name
+from pipeline.sketches.sketcher import Sketcher
 from tests.pipeline import slow_sketches
 from tests.pipeline.test_logps import TINY, sequences
 
@@ -246,6 +247,6 @@ def test_a_gradient_that_is_not_finite_is_a_failure():
 
 
 def test_exact_gradients_of_a_large_part_are_refused_with_the_number(monkeypatch):
-    monkeypatch.setattr("pipeline.sketcher.LARGEST_EXACT", 1000)
+    monkeypatch.setattr("pipeline.sketches.sketcher.LARGEST_EXACT", 1000)
     with pytest.raises(RequestError, match=r"[\d,]+ numbers a response, at most 1,000.*tensorsketch"):
         make_sketcher("llama", "last_block", mode="exact")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.sketch_hashes import AUDIT, IN, OUT, SKETCH, axis_hash, canonical_name, hash_words, hashes
+from pipeline.sketches.hashes import AUDIT, IN, OUT, SKETCH, axis_hash, canonical_name, hash_words, hashes
 from tests.pipeline.slow_sketches import philox, words
 
 NAME = "model.layers.0.self_attn.q_proj.weight"

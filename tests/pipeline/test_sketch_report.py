@@ -9,10 +9,10 @@ from click.testing import CliRunner
 
 from cache import SketchIdentity, publish_reference
 from cache.sketches import canonical_json, sketches_table
-from pipeline import sketch_report
 from pipeline.errors import RequestError
-from pipeline.sketch_report import report_sketches
-from pipeline.sketch_spectrum import (
+from pipeline.upkeep import sketch_report
+from pipeline.upkeep.sketch_report import report_sketches
+from pipeline.upkeep.sketch_spectrum import (
     decompose,
     effective_dimension,
     fitted_ratio,

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pipeline.sketch_groups import find_layout
-from pipeline.sketch_hashes import SKETCH, hashes
-from pipeline.sketch_maths import TensorSketchSums
-from pipeline.trainable import select_trainable
+from pipeline.model.trainable import select_trainable
+from pipeline.sketches.groups import find_layout
+from pipeline.sketches.hashes import SKETCH, hashes
+from pipeline.sketches.sums import TensorSketchSums
 from tests.pipeline.slow_sketches import exact_gradients
 from tests.pipeline.test_logps import tiny_model
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from cache import Journal, SketchIdentity, open_sketches, publish_reference, verify
 from cache.sketches import sketch_kind
 from pipeline.params import SketchParams
-from pipeline.sketching import sketch_responses
+from pipeline.reference.sketching import sketch_responses
 from stages.__main__ import main
 from tests.pipeline.tiny_project import PARAMS
 from tests.tiny import write_model, write_pairs

@@ -12,12 +12,12 @@ import polars as pl
 import pytest
 
 from cache import CacheMismatch, Journal, open_sketches, verify
-from pipeline import sketch_ranks, sketching
+from pipeline.data.tables import RESPONSES_SCHEMA, read_responses, write_table
 from pipeline.errors import RequestError, RunFailed
 from pipeline.params import SketchParams
-from pipeline.prepared_data import RESPONSES_SCHEMA, read_responses, write_table
-from pipeline.sketcher import load_sketcher
-from pipeline.sketching import length_batches, sketch_responses
+from pipeline.reference import sketch_ranks, sketching
+from pipeline.reference.sketching import length_batches, sketch_responses
+from pipeline.sketches.sketcher import load_sketcher
 from tests.tiny import write_model, write_pairs
 
 pytestmark = pytest.mark.slow

@@ -4,8 +4,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.data.sources import BadRow, Row, read_file
 from pipeline.errors import RequestError
-from pipeline.sources import BadRow, Row, read_file
 
 
 def read(path):
@@ -55,7 +55,7 @@ def test_a_whole_surrogate_pair_is_good_json(tmp_path):
 
 
 def test_parquet_rows_count_from_zero_across_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.sources.BATCH_ROWS", 2)
+    monkeypatch.setattr("pipeline.data.sources.BATCH_ROWS", 2)
     pq.write_table(pa.table({"a": [1, 2, 3], "m": [[{"role": "user"}]] * 3}), tmp_path / "rows.parquet")
     rows = read(tmp_path / "rows.parquet")
     assert [row.where for row in rows] == ["rows.parquet[0]", "rows.parquet[1]", "rows.parquet[2]"]

@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.splitting import is_selected, share_of, side_of
+from pipeline.data.splitting import is_selected, share_of, side_of
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 SEED = st.integers(0, 2**32)

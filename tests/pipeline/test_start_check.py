@@ -8,7 +8,7 @@ import torch
 
 from pipeline.errors import RunFailed
 from pipeline.objectives import PairLogps
-from pipeline.start_check import StartCheck
+from pipeline.training.start_check import StartCheck
 from tests.tiny import write_pairs
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.errors import RequestError
-from pipeline.started_ranks import first_node, require_ranks, started_rank
+from pipeline.runs.started import first_node, require_ranks, started_rank
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 SRUN = {

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from cache import open_reference, response_key
-from pipeline import scoring, supervision
-from pipeline.engine_process import EngineProcess
+from pipeline.engine import supervision
+from pipeline.engine.process import EngineProcess
 from pipeline.errors import EngineFailed, RequestError, RunFailed
+from pipeline.reference import scoring
 from tests import stand_in
 from tests.pipeline.scoring_project import Project, write_prepared
 from tests.pipeline.tiny_reference import POSITIONS, adversarial_rows, write_model

@@ -3,11 +3,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.dialogues import Message
+from pipeline.data.dialogues import Message
+from pipeline.data.encoding import Encoder, Limits
 from pipeline.errors import RequestError
+from pipeline.model.tokenizer import load_tokenizer, read_template, train_tokenizer
 from pipeline.params import ModelParams
-from pipeline.tokenization import Encoder, Limits
-from pipeline.tokenizer import load_tokenizer, read_template, train_tokenizer
 from tests.pipeline import chat_tokenizers
 from tests.pipeline.preparing import digests
 

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from pipeline.errors import RequestError
-from pipeline.trackers import open_trackers, require_trackers
+from pipeline.training.trackers import open_trackers, require_trackers
 
 ROW = {"step": 7, "loss": 0.5, "rewards/margins": 1.5}
 
@@ -80,7 +80,7 @@ def test_wandb_goes_on_under_the_runs_own_id_with_steps_as_the_axis(told, tmp_pa
 
 
 def test_a_library_that_is_missing_is_named_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setattr("pipeline.trackers.find_spec", lambda name: None if name == "wandb" else object())
+    monkeypatch.setattr("pipeline.training.trackers.find_spec", lambda name: None if name == "wandb" else object())
     require_trackers(["tensorboard"])
     with pytest.raises(RequestError, match=r"names wandb, which is not installed.*`pip install wandb`"):
         require_trackers(["tensorboard", "wandb"])

@@ -1,8 +1,8 @@
 """The progress line of a training where there is no terminal."""
 
-from pipeline import training_progress as module
-from pipeline.history import History
-from pipeline.training_progress import training_progress
+from pipeline.runs import progress_line as module
+from pipeline.runs.progress_line import training_progress
+from pipeline.training.history import History
 
 ROW = {"loss": 0.51239, "rewards/margins": 1.5, "rewards/accuracies": 0.75, "dcr": 0.25, "tokens_per_second": 812.4}
 

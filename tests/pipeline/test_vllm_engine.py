@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from pipeline.engine_probe import make_probe
-from pipeline.engine_process import EngineProcess
+from pipeline.engine.probe import make_probe
+from pipeline.engine.process import EngineProcess
+from pipeline.engine.rows import EngineLength
 from pipeline.errors import EngineFailed, RunFailed
-from pipeline.head_plan import HeadPlan
 from pipeline.params import ScoreParams, SketchParams
-from pipeline.scoring_plan import EngineLength
-from pipeline.sketcher import load_sketcher
+from pipeline.sketches.head_plan import HeadPlan
+from pipeline.sketches.sketcher import load_sketcher
 from tests.pipeline.tiny_reference import (
     POSITIONS,
     adversarial_rows,

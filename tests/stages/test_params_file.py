@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.errors import RequestError
+from pipeline.params.reading import load_params
 from stages.__main__ import main
-from stages.params_file import load_params
 
 ROOT = Path(__file__).parents[2]
 DEFAULT = ROOT / "params.yaml"

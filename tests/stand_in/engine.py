@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from pipeline.engine_probe import probe_rows
-from pipeline.scoring_plan import EngineLength
+from pipeline.engine.probe import probe_rows
+from pipeline.engine.rows import EngineLength
 
 Row = tuple[np.ndarray, np.ndarray]
 

@@ -1,4 +1,4 @@
-"""With this folder on PYTHONPATH, a process that imports pipeline.vllm_engine gets the stand-in beside this file."""
+"""With this folder on PYTHONPATH, imports of pipeline.engine.vllm_engine get the stand-in beside this file."""
 
 import importlib.util
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 class _StandIn:
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name != "pipeline.vllm_engine":
+        if name != "pipeline.engine.vllm_engine":
             return None
         return importlib.util.spec_from_file_location(name, Path(__file__).with_name("engine.py"))
 

@@ -9,15 +9,15 @@ import torch
 from click.testing import CliRunner
 from peft import PeftModel
 
-from pipeline.demo import true_reward
+from pipeline.data.demo import true_reward
+from pipeline.data.tables import read_responses
+from pipeline.evaluation.sampling import choose_prompts
+from pipeline.model.tokenizer import open_tokenizer
+from pipeline.model.trainable import select_trainable
 from pipeline.params import EvaluateParams, Lora, LoraShape, PrepareParams
-from pipeline.prepared_data import read_responses
-from pipeline.sampling import choose_prompts
-from pipeline.tokenizer import open_tokenizer
-from pipeline.trainable import select_trainable
-from studies import answers, pair_logps
-from studies.answers import Scale, ended, measure
-from studies.policies import load_model
+from studies.measure import answers, pair_logps
+from studies.measure.answers import Scale, ended, measure
+from studies.measure.policies import load_model
 from tests.pipeline.preparing import prepare_into
 from tests.tiny import write_model, write_reference_cache
 

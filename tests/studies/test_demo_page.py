@@ -8,13 +8,13 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
-from stages.params_file import load_params
-from studies import demo_page
-from studies.demo_claims import judge
-from studies.demo_results import DemoStudy, Estimate, Results, load_results
-from studies.demo_tables import mean_offsets, of_cell, trained_parameters
-from studies.intervals import Mean
-from studies.settings import load_section
+from pipeline.params.reading import load_params
+from studies.demo import page as demo_page
+from studies.demo.claims import judge
+from studies.demo.results import DemoStudy, Estimate, Results, load_results
+from studies.demo.tables import mean_offsets, of_cell, trained_parameters
+from studies.pages.intervals import Mean
+from studies.pages.settings import load_section
 from tests.tiny import write_model
 
 FOLDER = Path(__file__).parents[2] / "studies" / "demo"

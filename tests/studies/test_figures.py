@@ -2,9 +2,9 @@
 
 import pytest
 
-from studies import figures
-from studies.figures import write_svg
-from studies.tables import Claim, claims_table, markdown_table
+from studies.pages import svg as figures
+from studies.pages.markdown import Claim, claims_table, markdown_table
+from studies.pages.svg import write_svg
 
 SPEC = {
     "data": {"values": [{"x": x / 3, "y": x} for x in range(20)]},

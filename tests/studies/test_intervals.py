@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from studies.intervals import Mean, clustered_interval, mean_interval, t_quantile
+from studies.pages.intervals import Mean, clustered_interval, mean_interval, t_quantile
 
 
 def cumulative(t: float, freedom: int) -> float:

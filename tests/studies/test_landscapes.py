@@ -7,10 +7,10 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from pipeline.objective_params import AnyVariant
-from studies import landscape_claims
-from studies.landscapes import LandscapeParams, Reference, flow, simplex, survey
-from studies.settings import load_section
+from pipeline.params.objectives import AnyVariant
+from studies.landscapes import claims as landscape_claims
+from studies.landscapes.survey import LandscapeParams, Reference, flow, simplex, survey
+from studies.pages.settings import load_section
 
 REFERENCE = Reference(chosen=0.4, rejected=0.1)
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipeline.logps import ResponseLogps
-from pipeline.prepared_data import read_pairs, read_responses
-from stages.params_file import load_params
-from studies import divergence, pair_logps, sweep_cost
-from studies.divergence import Prompts, answer_divergences, draw_answers, pad_left
-from studies.pair_logps import response_sums
-from studies.policies import load_model
+from pipeline.data.tables import read_pairs, read_responses
+from pipeline.forward.logps import ResponseLogps
+from pipeline.params.reading import load_params
+from studies.measure import divergence, pair_logps
+from studies.measure.divergence import Prompts, answer_divergences, draw_answers, pad_left
+from studies.measure.pair_logps import response_sums
+from studies.measure.policies import load_model
+from studies.sweeps import cost as sweep_cost
 from tests.tiny import EOS, VOCABULARY, plain_logps, write_model, write_pairs, write_reference_cache
 
 PARAMS = Path(__file__).parents[2] / "studies" / "dynamics" / "params.yaml"

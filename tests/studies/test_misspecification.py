@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.sketch_hashes import SKETCH, hashes
-from pipeline.sketch_maths import TensorSketchSums
-from studies import misspecification, misspecification_page
-from studies.bandit import (
+from pipeline.sketches.hashes import SKETCH, hashes
+from pipeline.sketches.sums import TensorSketchSums
+from studies.misspecification import page as misspecification_page
+from studies.misspecification import worlds as misspecification
+from studies.misspecification.bandit import (
     all_pairs,
     constraint,
     gain,
@@ -20,9 +21,9 @@ from studies.bandit import (
     tensor_sketch,
     value,
 )
-from studies.bandit_fit import fit
-from studies.misspecification_claims import own_claims, papers_claims
-from studies.settings import load_section
+from studies.misspecification.bandit_fit import fit
+from studies.misspecification.claims import own_claims, papers_claims
+from studies.pages.settings import load_section
 
 ROOT = Path(__file__).parents[2]
 BETA = 64.0

@@ -8,9 +8,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from studies.__main__ import main
-from studies.landscapes import LandscapeParams
-from studies.settings import load_section
-from studies.toy import ToyParams
+from studies.landscapes.survey import LandscapeParams
+from studies.pages.settings import load_section
+from studies.toy.networks import ToyParams
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "studies" / "params.yaml"

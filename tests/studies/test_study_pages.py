@@ -8,13 +8,14 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
-from stages.params_file import load_params
-from studies import dynamics_page, sweeps_page
-from studies.dynamics_claims import Divergences
-from studies.dynamics_claims import judge as judge_dynamics
-from studies.run_tables import Cells, sweep_totals, with_rewards
-from studies.sweeps_claims import difference, settings
-from studies.sweeps_claims import judge as judge_sweep
+from pipeline.params.reading import load_params
+from studies.dynamics import page as dynamics_page
+from studies.dynamics.claims import Divergences
+from studies.dynamics.claims import judge as judge_dynamics
+from studies.pages.runs import Cells, sweep_totals, with_rewards
+from studies.sweeps import page as sweeps_page
+from studies.sweeps.claims import difference, settings
+from studies.sweeps.claims import judge as judge_sweep
 from tests.tiny import write_model
 
 ROOT = Path(__file__).parents[2]

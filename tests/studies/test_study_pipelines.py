@@ -11,13 +11,13 @@ import torch
 from dvc.repo import Repo
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.model.trainable import select_trainable
 from pipeline.params import LastFraction
-from pipeline.trainable import select_trainable
+from pipeline.params.reading import load_params
 from stages.__main__ import StageGroup
-from stages.params_file import load_params
-from studies.demo_results import DemoStudy
-from studies.settings import load_section
-from studies.sweeps_claims import settings
+from studies.demo.results import DemoStudy
+from studies.pages.settings import load_section
+from studies.sweeps.claims import settings
 
 ROOT = Path(__file__).parents[2]
 STUDIES = ("dynamics", "sweeps", "demo")

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from studies import toy, toy_claims, toy_page
-from studies.settings import load_section
+from studies.pages.settings import load_section
+from studies.toy import claims as toy_claims
+from studies.toy import networks as toy
+from studies.toy import page as toy_page
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,1 @@
+"""Published rows -> preferences -> token tables that every later stage reads."""

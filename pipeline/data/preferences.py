@@ -1,0 +1,219 @@
+"""Rows of any supported form -> preferences and supervised examples in one canonical form.
+
+The form is found row by row: explicit prompt, messages, whole dialogues (as messages or as "Human:/Assistant:" text),
+several chosen or rejected responses. See data/input/README.md for an example of each.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from pipeline.data.dialogues import (
+    BadDialogue,
+    Message,
+    Prompt,
+    difference,
+    is_empty,
+    is_messages,
+    is_plain_dialogue,
+    messages_of,
+    plain_messages,
+    split_messages,
+    split_plain,
+)
+from pipeline.data.sources import BadRow, Row
+from pipeline.errors import RequestError
+from pipeline.params import ColumnNames
+
+
+class Preference(NamedTuple):
+    where: str
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    category: str | None
+    chosen_reward: float | None
+    rejected_reward: float | None
+
+
+class SupervisedExample(NamedTuple):
+    where: str
+    prompt: Prompt
+    completion: str
+
+
+class _Bad(ValueError):
+    """Why a row is refused."""
+
+
+def parse_preferences(row: Row, columns: ColumnNames, *, chat: bool) -> Iterator[Preference | BadRow]:
+    """Every chosen response of `row` with every rejected one; a bad combination is yielded as BadRow, the others stay.
+
+    chat: prompts become messages (for a chat template); otherwise they stay plain text, and messages raise
+    RequestError, because the parameters do not fit the data.
+    """
+    try:
+        values = row.values
+        prompt = _prompt(values, columns.prompt)
+        chosen = _responses(values, columns.chosen)
+        rejected = _responses(values, columns.rejected)
+        category = _category(values.get(columns.category), columns.category)
+        chosen_rewards = _rewards(values.get(columns.chosen_reward), len(chosen), columns.chosen_reward)
+        rejected_rewards = _rewards(values.get(columns.rejected_reward), len(rejected), columns.rejected_reward)
+    except _Bad as error:
+        yield BadRow(row.where, str(error))
+        return
+    for i, better in enumerate(chosen):
+        for j, worse in enumerate(rejected):
+            try:
+                parts = _pair(prompt, better, worse, chat=chat, where=row.where)
+            except (_Bad, BadDialogue) as error:
+                yield BadRow(row.where, f"{_which(i, len(chosen), j, len(rejected))}{error}")
+            else:
+                yield Preference(row.where, *parts, category, chosen_rewards[i], rejected_rewards[j])
+
+
+def parse_supervised(row: Row, columns: ColumnNames, *, chat: bool) -> SupervisedExample | BadRow:
+    """`prompt` and `completion`, or `messages` that end with the assistant's turn."""
+    values = row.values
+    try:
+        if columns.completion not in values and is_messages(values.get("messages")):
+            prompt, completion = _split_whole(None, values["messages"], "messages", chat=chat, where=row.where)
+        else:
+            responses = _responses(values, columns.completion)
+            if len(responses) > 1:
+                raise _Bad(f"{columns.completion} holds {len(responses)} texts, expected one")
+            head = _prompt(values, columns.prompt)
+            prompt, completion = _split_whole(head, responses[0], columns.completion, chat=chat, where=row.where)
+        _refuse_empty(prompt, completion, columns.completion)
+    except (_Bad, BadDialogue) as error:
+        return BadRow(row.where, str(error))
+    return SupervisedExample(row.where, prompt, completion)
+
+
+def _which(i: int, n_chosen: int, j: int, n_rejected: int) -> str:
+    names = [f"chosen {i}"] * (n_chosen > 1) + [f"rejected {j}"] * (n_rejected > 1)
+    return " with ".join(names) + ": " if names else ""
+
+
+def _prompt(values: dict[str, Any], column: str) -> str | list[dict[str, Any]] | None:
+    value = values.get(column)
+    if value is None or isinstance(value, str) or is_messages(value):
+        return value
+    if value == []:
+        raise _Bad(f"{column} is empty")
+    raise _Bad(f"{column} is {type(value).__name__}, expected text or a list of messages")
+
+
+def _responses(values: dict[str, Any], column: str) -> list[Any]:
+    """The column's responses, each a text or a list of messages; one that stands alone becomes a list of one."""
+    if column not in values:
+        raise _Bad(f"no column {column!r} (found {', '.join(map(repr, values))}); prepare.columns can name another")
+    value = values[column]
+    if isinstance(value, str) or is_messages(value):
+        return [value]
+    if value is None or value == []:
+        raise _Bad(f"{column} is {'null' if value is None else 'an empty list'}")
+    if isinstance(value, list) and (all(isinstance(v, str) for v in value) or all(is_messages(v) for v in value)):
+        return value
+    raise _Bad(f"{column} is {_type_name(value)}, expected text, a list of messages, or a list of either")
+
+
+def _type_name(value: Any) -> str:
+    if isinstance(value, list):
+        return "a list of " + " and ".join(sorted({type(item).__name__ for item in value}))
+    return type(value).__name__
+
+
+def _category(value: Any, column: str) -> str | None:
+    if isinstance(value, list | dict):
+        raise _Bad(f"{column} is {type(value).__name__}, expected text")
+    return None if value is None else str(value)
+
+
+def _rewards(value: Any, count: int, column: str) -> list[float | None]:
+    values = value if isinstance(value, list) else [value] * count
+    if len(values) != count:
+        raise _Bad(f"{column} holds {len(values)} numbers for {count} responses")
+    return [_reward(item, column) for item in values]
+
+
+def _reward(value: Any, column: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _Bad(f"{column} is {type(value).__name__} {str(value)[:40]!r}, expected a number")
+    if math.isinf(value):
+        raise _Bad(f"{column} is {value}, expected a finite number")
+    return None if math.isnan(value) else float(value)  # tables without a null write NaN for "none"
+
+
+def _pair(prompt: Any, chosen: Any, rejected: Any, *, chat: bool, where: str) -> tuple[Prompt, str, str]:
+    chosen_prompt, chosen_text = _split_whole(prompt, chosen, "chosen", chat=chat, where=where)
+    rejected_prompt, rejected_text = _split_whole(prompt, rejected, "rejected", chat=chat, where=where)
+    if chosen_prompt != rejected_prompt:
+        raise _Bad(f"chosen and rejected part before the last answer: {difference(chosen_prompt, rejected_prompt)}")
+    _refuse_empty(chosen_prompt, chosen_text, "chosen")
+    _refuse_empty(chosen_prompt, rejected_text, "rejected")
+    if chosen_text == rejected_text:
+        raise _Bad("chosen and rejected are identical")
+    return chosen_prompt, chosen_text, rejected_text
+
+
+def _refuse_empty(prompt: Prompt, response: str, column: str) -> None:
+    if is_empty(prompt):
+        raise _Bad("the prompt is empty")
+    if not response.strip():
+        raise _Bad(f"{column} is empty")
+
+
+def _split_whole(prompt: Any, response: Any, column: str, *, chat: bool, where: str) -> tuple[Prompt, str]:
+    """(canonical prompt, response text) of one response, whether it stands alone or holds the whole dialogue."""
+    if isinstance(prompt, list) or isinstance(response, list):
+        if not chat:
+            raise RequestError(
+                f"{where}: {column} or its prompt is a list of messages, but there is no chat template to render it. "
+                "Set prepare.chat_template to a jinja file (or to auto, with a model whose tokenizer has one), "
+                "or give plain text."
+            )
+        return split_messages(_whole_messages(prompt, response, column), column)
+    text = _plain_dialogue(prompt, response)
+    if text is not None:
+        return split_messages(plain_messages(text, column), column) if chat else split_plain(text, column)
+    if prompt is None:
+        raise _Bad(
+            f'no prompt: the row has none, and {column} is no dialogue of messages or of "Human:/Assistant:" text'
+        )
+    return ((Message("user", prompt),) if chat else prompt), response
+
+
+def _plain_dialogue(prompt: str | None, response: str) -> str | None:
+    if prompt is None:
+        return response if is_plain_dialogue(response) else None
+    if is_plain_dialogue(prompt) and prompt.rstrip().endswith("Assistant:"):
+        return response if response.startswith(prompt) else prompt + response
+    return None
+
+
+def _whole_messages(prompt: Any, response: Any, column: str) -> tuple[Message, ...]:
+    head = messages_of(prompt, "prompt") if isinstance(prompt, list) else ()
+    if isinstance(prompt, str):
+        head = (Message("user", prompt),)
+    if isinstance(response, str):
+        if not head:
+            raise _Bad(f"{column} is plain text beside messages, and the row has no prompt")
+        return (*head, Message("assistant", response))
+    turns = messages_of(response, column)
+    if not head or turns[0].role not in ("system", "user"):
+        return head + turns
+    # `response` is a whole dialogue although there is a prompt: the prompt must be found in it, not stand before it.
+    if isinstance(prompt, str):
+        found = any(turn.role == "user" and turn.content.strip() == prompt.strip() for turn in turns[:-1])
+    else:
+        found = turns[: len(head)] == head
+    if not found:
+        raise _Bad(
+            f"{column} is a whole dialogue that does not contain the prompt; where `prompt` means something else, "
+            "point prepare.columns.prompt at a column that does not exist"
+        )
+    return turns

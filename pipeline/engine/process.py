@@ -1,0 +1,273 @@
+"""A child process that owns the vLLM engine, so that its crash, hang or memory never becomes the stage's own.
+
+The stage talks to it over a pipe (the child's side is engine_server.py) and never waits longer than
+params.timeout_seconds for a sign of life. Everything the engine prints, from C++ too, goes to a log file.
+"""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from pipeline.engine.probe import Probe
+from pipeline.engine.rows import EngineLength
+from pipeline.errors import EngineFailed
+from pipeline.params import ScoreParams
+from pipeline.progress import Advance, activity
+from pipeline.sketches.head_plan import HeadPlan, HeadSketch
+
+Row = tuple[np.ndarray, np.ndarray]  # prompt ids and response ids, int32
+_LOG_LINES_SHOWN = 15
+_LOOK_SECONDS = 1.0  # between two looks at whether a silent engine is still alive
+
+
+class Scored(NamedTuple):
+    """logps: nats, float32 (response length,) a row. shared_tokens: prompt tokens not computed again, since another
+    row had computed them. rescored: rows whose shared answer failed its check and which were computed alone. sketches:
+    of the head's gradient, None for rows that it was not asked for."""
+
+    logps: list[np.ndarray]
+    shared_tokens: int = 0
+    rescored: int = 0
+    sketches: Sequence[HeadSketch | None] = ()
+
+
+class EngineProcess:
+    """vLLM in a process of its own; a context manager. Load a model, then ask; after EngineFailed it is closed."""
+
+    def __init__(self, params: ScoreParams, *, log: Path) -> None:
+        """Start the process, which imports vLLM (6 to 15 s) while the caller does something else.
+
+        log: file that receives all that the engine prints.
+        """
+        self.log = log
+        self._params = params
+        log.write_bytes(b"")
+        self._start()
+
+    def _start(self) -> None:
+        self._pipe, theirs = multiprocessing.Pipe()
+        # Not multiprocessing's own Process: this way the environment is the child's from its first instruction, its
+        # output is in the log from the first byte, and killing it leaves no semaphores behind in our name.
+        with self.log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "pipeline.engine.server", str(theirs.fileno()), str(os.getpid())],
+                env=engine_environment(self._params),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is the stage's to handle, and the group can be killed as a whole
+            )
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def load(
+        self,
+        model: Path,
+        length: EngineLength,
+        *,
+        probe: Probe | None = None,
+        sampling: bool = False,
+        trust_remote_code: bool = False,
+        plan: HeadPlan | None = None,
+    ) -> str:
+        """Build the engine, wait until it is ready, and return its backend (a key of vllm_backends.BACKENDS).
+
+        length: from scoring_plan.engine_length. With a probe the fastest backend is taken that answers it rightly;
+        without one, or with sampling (`generate`), the one that vLLM supports everywhere. plan: of sketches that
+        `score` is going to be asked for, which hidden_states alone can give. Raises EngineFailed.
+        """
+        settings = {
+            "model": model.absolute(),
+            "params": self._params,
+            "length": length,
+            "sampling": sampling,
+            "trust_remote_code": trust_remote_code,
+            "plan": plan,
+        }
+        with activity(f"starting vLLM ({self.log})"):
+            on_cpu = self._ask(None, "did not start", None)
+            candidates = _backends(self._params, on_cpu=on_cpu, choice=probe is not None and not sampling)
+            if plan is not None:
+                candidates = ["hidden_states"]
+            for backend in candidates:
+                try:
+                    self._ask(settings | {"backend": backend}, "did not start", None)
+                    if probe is not None and not sampling:
+                        self._check(probe, backend)
+                    return backend
+                except EngineFailed as error:
+                    if backend == candidates[-1]:
+                        raise
+                    print(f"vLLM's {backend} is not used: {str(error).splitlines()[0]}", file=sys.stderr)
+                    self._start()
+                    self._ask(None, "did not start", None)
+        raise AssertionError("there is always a last candidate")
+
+    def _check(self, probe: Probe, backend: str) -> None:
+        difference = probe.difference(Scored(*self._ask(("score", (probe.rows,), {}), "failed its probe", None)).logps)
+        if difference > probe.tolerance:
+            self.kill()
+            raise self._failure(
+                f"gave log-probs by {backend} that are up to {difference:.3g} nats from transformers' "
+                f"(allowed {probe.tolerance:g}); scoring with it would fill the reference cache with wrong values"
+            )
+
+    def score(self, rows: Sequence[Row], advance: Advance, *, sketched: Sequence[bool] | None = None) -> Scored:
+        """Log-probs of each response's tokens; advance(rows, tokens) is called meanwhile.
+
+        rows: validated (scoring_plan.check_rows), those of one prompt next to each other. sketched: which of them get a
+        sketch as well, of an engine that was loaded with a plan. Raises EngineFailed if the engine dies, fails or stays
+        silent.
+        """
+        options = {} if sketched is None else {"sketched": sketched}
+        return Scored(*self._ask(("score", (rows,), options), "failed while scoring", advance))
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        advance: Advance,
+        *,
+        n: int,
+        max_new_tokens: int,
+        seed: int,
+        stop_token_ids: Sequence[int],
+    ) -> list[list[list[int]]]:
+        """`n` sampled responses a prompt as token ids, at temperature 1, stop token included; raises as score does."""
+        options = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed, "stop_token_ids": stop_token_ids}
+        return self._ask(("generate", (prompts,), options), "failed while sampling", advance)
+
+    def _ask(self, request: object, failed: str, advance: Advance | None) -> Any:
+        """Send `request`, unless it is None, and wait for the answer."""
+        try:
+            if request is not None:
+                with suppress(BrokenPipeError):  # a dead engine is reported by _answer, with its log
+                    self._pipe.send(request)
+            return self._answer(failed, advance)
+        except BaseException:
+            self.kill()  # its state is unknown: vLLM may hang in the call after an error
+            raise
+
+    def _answer(self, failed: str, advance: Advance | None) -> Any:
+        """The answer, after any number of progress reports; each of these starts the timeout anew."""
+        while True:
+            kind, value = self._next_message(failed)
+            if kind == "answer":
+                return value
+            if kind == "error":
+                raise self._failure(f"{failed}: {value}")
+            if advance is not None:
+                advance(*value)
+
+    def _next_message(self, failed: str) -> tuple[str, Any]:
+        deadline = time.monotonic() + self._params.timeout_seconds
+        try:
+            while not self._pipe.poll(_LOOK_SECONDS):
+                # Not left to the end of the pipe: a worker that the engine forked may hold the other end open.
+                if self._process.poll() is not None:
+                    raise EOFError
+                if time.monotonic() > deadline:
+                    raise self._failure(
+                        f"gave no sign of life for {self._params.timeout_seconds} s (score.timeout_seconds)"
+                    )
+            return self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            code = self._process.wait()
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            raise self._failure(f"{failed}: its process {self.pid} {how}") from None
+
+    def _failure(self, what: str) -> EngineFailed:
+        tail = self.log.read_text(errors="replace").splitlines()[-_LOG_LINES_SHOWN:]
+        return EngineFailed(
+            f"The vLLM engine {what.rstrip('.')}.\n"
+            f"Its log {self.log} ends with:\n" + "\n".join(f"  {line}" for line in tail) + "\n"
+            "Rows finished before are kept: run the same command again to go on from there."
+        )
+
+    def close(self) -> None:
+        """End the engine; returns when its memory is free."""
+        with suppress(OSError):
+            self._pipe.send(None)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=30)
+        self.kill()
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)  # with the workers of tensor parallelism, if they still live
+        self._process.wait()
+        self._pipe.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if raised[0] is None:
+            self.close()
+        else:
+            self.kill()
+
+
+def _backends(params: ScoreParams, *, on_cpu: bool, choice: bool) -> list[str]:
+    """What to try, fastest first; the last is final."""
+    if not choice:
+        return ["prompt_logprobs"]
+    if params.backend != "auto":
+        return [params.backend]
+    # Fixed-id scoring needs vLLM's second model runner, which doesn't run on CPU.
+    return ["hidden_states", "prompt_logprobs"] if on_cpu else ["token_ids", "hidden_states", "prompt_logprobs"]
+
+
+def engine_environment(params: ScoreParams) -> dict[str, str]:
+    """The engine's whole environment. What must be set before its Python starts is set, unless the user has set it."""
+    defaults = {
+        # glibc would return every freed activation to the kernel and fault it in again: 20-30 % of a CPU run in bf16.
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+        # libgomp's threads would spin for milliseconds between two operations: on cores that others use too, a small
+        # model ran at a seventh of its speed. This is about 50 us, longer than the gaps of an undisturbed run.
+        "GOMP_SPINCOUNT": "1000",
+        # The engine's core in that process and not in yet another, whose death vLLM wouldn't notice.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": str(params.cpu_kv_cache_gib),
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    if params.enforce_eager:
+        # vLLM would still compile the kernel that ranks tokens, in the first call: 3 to 6 s for ranks nobody asked for.
+        defaults["TORCHDYNAMO_DISABLE"] = "1"
+    # This package must be found again, also where it is not installed and the stage runs in another folder.
+    here = str(Path(__file__).parents[2])
+    search = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    return defaults | os.environ | {"PYTHONPATH": search}
+
+
+@contextmanager
+def orderly_termination() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit(143) meanwhile, so that engines are ended and temporary folders removed."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # not the main thread: whoever runs us there has handlers of their own
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,193 @@
+"""vLLM as an offline scorer and sampler: token ids in, log-probs or token ids out.
+
+This and vllm_backends.py alone import vllm. They run inside the child process of engine_process.py; inputs were
+validated before they came here, because one bad row fails a whole vLLM call and an id beyond the embeddings makes the
+next call hang.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vllm import EngineArgs, SamplingParams
+from vllm.inputs import TokensPrompt
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from pipeline.engine.answers import complete, prompt_salt
+from pipeline.engine.backends import BACKENDS
+from pipeline.engine.rows import EngineLength
+from pipeline.params import ScoreParams
+from pipeline.sketches.head_plan import HeadPlan, HeadSketch
+
+OnFinished = Callable[[int, int], None]  # rows and tokens that finished since the last call
+Row = tuple[np.ndarray, np.ndarray]  # prompt ids and response ids, int32
+
+CPU_BLOCK_TOKENS = 32  # vLLM's smallest on CPU; its default of 128 would share nothing of shorter prompts
+
+
+def on_cpu() -> bool:
+    """Whether vLLM computes on the CPU."""
+    return bool(current_platform.is_cpu())
+
+
+class VLLMEngine:
+    """One model in one in-process vLLM engine. Not safe to use again after any exception: discard the process.
+
+    backend: how log-probs are read, a key of vllm_backends.BACKENDS. sampling: whether `generate` will be called.
+    plan: of the sketches that `score` can be asked for.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        params: ScoreParams,
+        *,
+        length: EngineLength,
+        backend: str,
+        sampling: bool,
+        trust_remote_code: bool,
+        plan: HeadPlan | None = None,
+    ) -> None:
+        if length.beyond_limit:
+            os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # safe by one; see scoring_plan.engine_length
+        self.backend = BACKENDS[backend](model, trust_remote_code=trust_remote_code, plan=plan)
+        arguments = {
+            "model": str(model),
+            "dtype": params.dtype,
+            "quantization": params.quantization,
+            "max_model_len": length.max_model_len,
+            "max_num_seqs": params.max_num_seqs,
+            "block_size": params.block_size or (CPU_BLOCK_TOKENS if on_cpu() else None),
+            "tensor_parallel_size": params.tensor_parallel_size,
+            "enforce_eager": params.enforce_eager,
+            "trust_remote_code": trust_remote_code,
+            "skip_tokenizer_init": True,
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            "seed": 0,
+            "gpu_memory_utilization": params.gpu_memory_utilization,  # on CPU cpu_kv_cache_gib takes its place
+        }
+        budget = _sampling_budget if sampling else self.backend.step_budget
+        arguments |= budget(params.max_num_batched_tokens, length.max_model_len) | self.backend.engine_arguments()
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self.block_size = self.engine.vllm_config.cache_config.block_size
+        self._requests = self._passes = 0
+
+    def score(
+        self, rows: Sequence[Row], on_finished: OnFinished, *, sketched: Sequence[bool] | None = None
+    ) -> tuple[list[np.ndarray], int, int, list[HeadSketch | None]]:
+        """The fields of engine_process.Scored. sketched: whether a row's head gradient is wanted as well; None: none.
+
+        A response whose beginning another one computed has its log-probs from there; a sketch, a sum over all tokens,
+        can't be put together so, and the row is computed alone.
+        """
+        wanted = sketched or [False] * len(rows)
+        tails, sketches, shared = self._answers(rows, wanted, on_finished, share=True)
+        found = complete(rows, tails)
+        again = [
+            index for index, logps in enumerate(found) if logps is None or (wanted[index] and sketches[index] is None)
+        ]
+        alone, theirs, _ = self._answers([rows[i] for i in again], [wanted[i] for i in again], None, share=False)
+        for index, logps, sketch in zip(again, alone, theirs, strict=True):
+            if len(logps) != len(rows[index][1]):
+                raise ValueError(f"vLLM gave log-probs for {len(logps)} of {len(rows[index][1])} response tokens")
+            found[index], sketches[index] = logps, sketch
+        return found, shared, len(again), sketches
+
+    def _answers(
+        self, rows: Sequence[Row], wanted: Sequence[bool], on_finished: OnFinished | None, *, share: bool
+    ) -> tuple[list[np.ndarray], list[HeadSketch | None], int]:
+        """Of each response: log-probs of the last tokens, as many as the engine computed, and the sketch where it is
+        wanted and all were; and the tokens that the engine skipped."""
+        # Never shared with earlier passes: their responses may begin like ours, and what they were is forgotten.
+        self._passes += 1
+        self.backend.begin_pass(self.block_size)
+        requests = [
+            (
+                TokensPrompt(
+                    prompt_token_ids=[*prompt.tolist(), *response.tolist()],
+                    cache_salt=f"{self._passes}-{prompt_salt(prompt)}",
+                ),
+                self.backend.request(prompt, response, share=share and self.backend.may_share(prompt)),
+            )
+            for prompt, response in rows
+        ]
+        tails: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
+        sketches: list[HeadSketch | None] = [None] * len(rows)
+        shared = 0
+        for index, output in self._finished(requests):
+            prompt, response = rows[index]
+            # Read at once: a backend's answer may be far larger than the log-probs in it.
+            if wanted[index]:
+                tails[index], sketches[index] = self.backend.read_sketch(output, prompt, response)
+            else:
+                tails[index] = self.backend.read(output, prompt, response)
+            shared += output.num_cached_tokens or 0
+            if on_finished is not None:
+                on_finished(1, len(prompt) + len(response))
+        return tails, sketches, shared
+
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        on_finished: OnFinished,
+        *,
+        n: int,
+        max_new_tokens: int,
+        seed: int,
+        stop_token_ids: Sequence[int],
+    ) -> list[list[list[int]]]:
+        """`n` samples a prompt from the model's own distribution: temperature 1, nothing cut off.
+
+        A stop token ends a sample and is its last token. Same arguments, same samples, whatever else is in the batch.
+        """
+        requests = [
+            (
+                TokensPrompt(prompt_token_ids=prompt.tolist()),
+                SamplingParams(
+                    n=n,
+                    max_tokens=max_new_tokens,
+                    temperature=1.0,
+                    top_p=1.0,
+                    top_k=0,
+                    seed=seed * 1_000_003 + index * n,  # vLLM gives sample i of a prompt seed + i; no two share one
+                    stop_token_ids=list(stop_token_ids),
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                ),
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        samples: list[list[list[int]]] = [[] for _ in prompts]
+        for index, output in self._finished(requests):
+            samples[index] = [list(sample.token_ids) for sample in output.outputs]
+            on_finished(n, 0)
+        return samples
+
+    def _finished(self, requests: Sequence[tuple[TokensPrompt, Any]]) -> Iterator[tuple[int, Any]]:
+        """(index of the request, its output) as each finishes."""
+        index_of = {}
+        for index, (prompt, params) in enumerate(requests):
+            self._requests += 1
+            name = str(self._requests)
+            index_of[name] = index
+            self.engine.add_request(name, prompt, params)
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                if output.finished:
+                    yield index_of.pop(output.request_id), output
+        if index_of:
+            raise RuntimeError(f"vLLM finished without an answer to {len(index_of)} of {len(requests)} requests")
+
+
+def _sampling_budget(wanted: int, max_model_len: int) -> dict[str, Any]:
+    """How many tokens one engine step takes, and whether it may take part of a prompt."""
+    if not on_cpu():
+        return {"max_num_batched_tokens": wanted}
+    # A prompt cut into chunks makes vLLM 0.32 rewind its request's random generator, which CPU generators can't:
+    # "CPU Generator does not use offset" ends the engine. Whole prompts then; one must fit into a step.
+    return {"max_num_batched_tokens": max(wanted, max_model_len), "enable_chunked_prefill": False}

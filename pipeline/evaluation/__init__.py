@@ -1,0 +1,1 @@
+"""A trained policy against the reference, on held-out pairs and on its own answers."""

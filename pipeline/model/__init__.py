@@ -1,0 +1,1 @@
+"""Transformers folders: loading, saving, digests, tokenizer, what trains, and what a model can take."""

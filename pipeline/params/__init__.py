@@ -1,0 +1,43 @@
+"""params.yaml as strict sections; a stage receives its own, never the whole file. No torch."""
+
+from pipeline.params.file import (
+    ColumnNames,
+    DemoParams,
+    EvaluateParams,
+    HubParams,
+    LastFraction,
+    LoopParams,
+    Lora,
+    LoraShape,
+    ModelParams,
+    Params,
+    PrepareParams,
+    ScoreParams,
+    ScratchModel,
+    SftParams,
+    SketchParams,
+    Trainable,
+    TrainParams,
+    variant_loop,
+)
+
+__all__ = [
+    "ColumnNames",
+    "DemoParams",
+    "EvaluateParams",
+    "HubParams",
+    "LastFraction",
+    "LoopParams",
+    "Lora",
+    "LoraShape",
+    "ModelParams",
+    "Params",
+    "PrepareParams",
+    "ScoreParams",
+    "ScratchModel",
+    "SftParams",
+    "SketchParams",
+    "TrainParams",
+    "Trainable",
+    "variant_loop",
+]

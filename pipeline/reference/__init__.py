@@ -1,0 +1,1 @@
+"""Filling the reference cache: score, sketch, publish, and measure drift."""

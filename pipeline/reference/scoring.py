@@ -1,0 +1,211 @@
+"""Fill the reference cache: find what is missing, score it with vLLM, journal every call, publish, measure drift."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from cache import Journal, ReferenceIdentity, open_reference
+from cache.identity import record_identity
+from pipeline.data.tables import read_pairs, read_responses
+from pipeline.engine.process import orderly_termination
+from pipeline.engine.rows import (
+    ROW_COLUMNS,
+    SKETCHED,
+    BadRow,
+    bad_rows,
+    calls,
+    model_limits,
+    row_tokens,
+    scored_table,
+    scoring_order,
+)
+from pipeline.engine.supervision import Quarantined, SupervisedEngine
+from pipeline.errors import RequestError
+from pipeline.model.digests import reference_identity
+from pipeline.params import ScoreParams, SketchParams
+from pipeline.progress import activity, progress_bar
+from pipeline.reference import drift
+from pipeline.reference.head_sketching import HeadSketches, head_journal, head_sketches
+from pipeline.reference.publication import publish_needed, sound_reference
+from pipeline.reference.rescored import adopt, recorded_rows
+from pipeline.reference.unscorable import announce, refuse
+from pipeline.workspace import journal_folder, rescored_folder
+
+
+@dataclass
+class _Work:
+    """What this run scored. tokens: of prompts and responses; seconds: with engines replaced, without the first start,
+    which is engine_start.
+
+    bad: rows that the model can't take; quarantined: rows that end engines. sketched: rows with a sketch of the head.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    engine_start: float = 0.0
+    rescored: int = 0
+    shared_tokens: int = 0
+    restarts: int = 0
+    sketched: int = 0
+    backend: str | None = None
+    bad: Sequence[BadRow] = ()
+    quarantined: Sequence[Quarantined] = ()
+
+
+def score_responses(
+    *,
+    pairs: Path,
+    model: Path,
+    out: Path,
+    metrics: Path,
+    params: ScoreParams,
+    trainer_dtype: str,
+    drift_tolerance: float | None = None,
+    trust_remote_code: bool = False,
+    sketch: SketchParams | None = None,
+) -> dict[str, Any]:
+    """Make `out` hold the log-probs of exactly the responses in `pairs` under `model`; returns the metrics' content.
+
+    Only rows that neither `out` nor the journals hold are scored; without any, no engine is started. trainer_dtype:
+    what `train` computes in, for the drift; drift_tolerance: see `drift.ensure_drift`. sketch: with source "engine",
+    the training responses among these rows are sketched by the same pass, and journalled for the `sketch` stage. Where
+    rows can't be scored, all others are scored and journalled, `out` stays as it was, and then RequestError (rows that
+    the model can't take) or RunFailed (rows that end engines) names them. RunFailed also where engines can't be kept
+    alive, CacheLocked while another process scores or sketches.
+    """
+    responses = read_responses(pairs)
+    if responses.is_empty():
+        raise RequestError(f"{pairs} has no responses to score. Run `dvc repro prepare` on data with pairs.")
+    with activity(f"digesting {model}"):
+        identity = reference_identity(model, dtype=params.dtype, quantization=params.quantization)
+    rows = scoring_order(responses.select(*ROW_COLUMNS, (pl.col("split") == "train").alias(SKETCHED)))
+    needed = set(rows["response_key"])
+    with (
+        orderly_termination(),
+        Journal(journal_folder() / identity.reference_id) as journal,
+        Journal(rescored_folder(identity.reference_id)) as rescored,
+    ):
+        record_identity(journal.path.parent, identity)
+        recorded = recorded_rows(out, identity.reference_id) & needed - rescored.keys()
+        journalled = journal.keys() | rescored.keys()
+        published = sound_reference(out, identity) if recorded or needed - journalled else None
+        if published and recorded:
+            adopt(recorded, rescored, published)
+        known = journalled | (published.keys() if published else set())
+        missing = rows.filter(~pl.col("response_key").is_in(known)) if known else rows
+        work = _Work()
+        if len(missing):
+            with _sketches_beside(model, identity, sketch, trust_remote_code) as beside:
+                work = _score_missing(missing, model, params, trust_remote_code, journal, pairs, beside)
+        refuse(work.bad, work.quarantined, pairs=pairs, out=out, total=len(responses), model=model)
+        published_from = time.perf_counter()
+        publish_needed(out, needed, [rescored, journal, *([published] if published else [])], identity)
+        measured_from = time.perf_counter()
+        measured = drift.ensure_drift(
+            out,
+            model,
+            responses=responses,
+            pairs=read_pairs(pairs),
+            reference=open_reference(out, expect=identity),
+            trainer_dtype=trainer_dtype,
+            sample_size=params.drift_sample,
+            trust_remote_code=trust_remote_code,
+            tolerance=drift_tolerance,
+            rescored=needed & rescored.keys(),
+        )
+        ended = time.perf_counter()
+    parts = {"engine_start": work.engine_start, "scoring": work.seconds}
+    parts |= {"publication": measured_from - published_from, "drift": ended - measured_from}
+    return _write_metrics(metrics, responses, work, parts, identity, measured)
+
+
+_Beside = tuple[HeadSketches, Journal] | None
+
+
+@contextmanager
+def _sketches_beside(
+    model: Path, identity: ReferenceIdentity, params: SketchParams | None, trust_remote_code: bool
+) -> Iterator[_Beside]:
+    """What the engine sketches while it scores, and where to; None unless that was asked for."""
+    if params is None or not params.by_engine:
+        yield None
+        return
+    assert params.dtype == identity.dtype  # params.py has compared them
+    digests = {"weights": identity.weights, "config": identity.config}
+    sketches = head_sketches(model, params, **digests, trust_remote_code=trust_remote_code)
+    with head_journal(sketches) as journal:
+        yield sketches, journal
+
+
+def _score_missing(
+    missing: pl.DataFrame,
+    model: Path,
+    params: ScoreParams,
+    trust_remote_code: bool,
+    journal: Journal,
+    pairs: Path,
+    beside: _Beside,
+) -> _Work:
+    """Score and journal what can be scored; the rest is in the answer."""
+    began = time.perf_counter()
+    with SupervisedEngine(model, params, trust_remote_code=trust_remote_code) as engine:
+        limits = model_limits(model, trust_remote_code=trust_remote_code)
+        if bad := bad_rows(missing, limits, model):
+            announce(bad, pairs)
+            missing = missing.filter(~pl.col("response_key").is_in([row.key for row in bad]))
+            if missing.is_empty():
+                return _Work(bad=bad)
+        backend = engine.load_for(missing, limits, beside[0].plan if beside else None)
+        work = _Work(len(missing), row_tokens(missing), backend=backend, bad=bad, quarantined=engine.quarantined)
+        started = time.perf_counter()
+        work.engine_start = started - began
+        with progress_bar("score", work.rows, tokens=work.tokens) as advance:
+            for call in engine.score(calls(missing, params.rows_per_call), advance):
+                if beside:  # first: a row whose log-probs are journalled is never asked of an engine again
+                    sketches, sketch_journal = beside
+                    work.sketched += sketches.append(call, sketch_journal)
+                journal.append(scored_table(call.rows, call.inputs, call.answer.logps))
+                work.rescored += call.answer.rescored
+                work.shared_tokens += call.answer.shared_tokens
+        work.seconds, work.restarts = time.perf_counter() - started, engine.restarts
+        return work
+
+
+def _write_metrics(
+    file: Path,
+    responses: pl.DataFrame,
+    work: _Work,
+    parts: dict[str, float],
+    identity: ReferenceIdentity,
+    measured: dict[str, Any],
+) -> dict[str, Any]:
+    per_second = 1 / work.seconds if work.seconds else 0.0
+    content = {
+        "responses": len(responses),
+        "rows_scored": work.rows,
+        "rows_reused": len(responses) - work.rows,
+        "tokens_scored": work.tokens,
+        "response_tokens": int(responses["response_ids"].list.len().sum()),
+        "seconds": round(work.seconds, 3),
+        "seconds_by_part": {name: round(seconds, 3) for name, seconds in parts.items()},
+        "rows_per_second": round(work.rows * per_second, 3),
+        "tokens_per_second": round(work.tokens * per_second, 1),
+        "backend": work.backend,
+        "engine_restarts": work.restarts,
+        "rows_rescored": work.rescored,
+        "prompt_tokens_shared": work.shared_tokens,
+        "rows_sketched": work.sketched,
+        "reference_id": identity.reference_id,
+        "identity": identity.to_dict(),
+        "drift": drift.summary(measured),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    return content

@@ -1,0 +1,85 @@
+"""Responses that can't be scored, named by key and by the line of the input they came from, so that they are found."""
+
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from pipeline.data.tables import read_pairs
+from pipeline.engine.rows import BadRow
+from pipeline.engine.supervision import Quarantined
+from pipeline.errors import RequestError, RunFailed
+from pipeline.workspace import log_file
+
+_NAMED_AT_ONCE = 20
+_NAMED_IN_THE_END = 3
+_LINES = 3  # of the input, for one response
+
+
+def announce(bad: Sequence[BadRow], pairs: Path) -> None:
+    """Name the rows on stderr before the others are scored, so that nobody waits hours to hear of them."""
+    named = _named([(row.key, row.problem) for row in bad], pairs)
+    print("\n".join(_some(named, _NAMED_AT_ONCE)), file=sys.stderr, flush=True)
+
+
+def refuse(
+    bad: Sequence[BadRow], quarantined: Sequence[Quarantined], *, pairs: Path, out: Path, total: int, model: Path
+) -> None:
+    """Raise where rows are left that can't be scored: RunFailed for quarantined ones, else RequestError for bad ones.
+
+    total: responses that the run was about; all others were scored and journalled.
+    """
+    if not bad and not quarantined:
+        return
+    found = [(row.key, row.problem) for row in bad]
+    found += [(row.key, f"ended three engines, the last one when asked alone ({row.log})") for row in quarantined]
+    remedies = list(dict.fromkeys(row.remedy for row in bad))
+    if quarantined:
+        remedies.append("Remove the pairs of the rows that end engines, or see in those logs what they do.")
+    rest = total - len(found)
+    message = "\n".join(
+        [
+            f"{len(found):,} of {total:,} responses can't be scored by {model}:",
+            *(f"  {line}" for line in _some(_named(found, pairs), _NAMED_IN_THE_END)),
+            *([f"All are listed in {_write_list(found, pairs)}."] if len(found) > _NAMED_IN_THE_END else []),
+            *remedies,
+            f"The other {rest:,} are scored and journalled and won't be scored again; {out} is as it was.",
+        ]
+    )
+    raise RunFailed(message) if quarantined else RequestError(message)
+
+
+def source_lines(pairs: Path, keys: Collection[bytes]) -> dict[bytes, list[str]]:
+    """Where in the input each of the responses `keys` came from ("file:line"), in file order; absent if in no pair."""
+    wanted, found = frozenset(keys), dict[bytes, list[str]]()
+    rows = read_pairs(pairs).select("source", "chosen_key", "rejected_key")
+    theirs = rows.filter(pl.any_horizontal(pl.col("chosen_key", "rejected_key").is_in(wanted)))
+    for source, *pair in theirs.iter_rows():
+        for key in wanted.intersection(pair):
+            found.setdefault(key, []).append(source)
+    return found
+
+
+def _named(found: Sequence[tuple[bytes, str]], pairs: Path) -> list[str]:
+    sources = source_lines(pairs, [key for key, _ in found])
+    return [f"Response {key.hex()} ({_lines(sources.get(key, []))}) {problem}." for key, problem in found]
+
+
+def _lines(sources: list[str]) -> str:
+    if not sources:
+        return "of no pair"
+    more = len(sources) - _LINES
+    return ", ".join(sources[:_LINES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _some(lines: list[str], most: int) -> list[str]:
+    return lines if len(lines) <= most else [*lines[:most], f"... and {len(lines) - most:,} more."]
+
+
+def _write_list(found: Sequence[tuple[bytes, str]], pairs: Path) -> Path:
+    file = log_file("score").with_name("unscorable.tsv")
+    sources = source_lines(pairs, [key for key, _ in found])
+    lines = [f"{key.hex()}\t{' '.join(sources.get(key, []))}\t{problem}\n" for key, problem in found]
+    file.write_text("response_key\tsource\tproblem\n" + "".join(lines))
+    return file

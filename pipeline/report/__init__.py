@@ -1,0 +1,1 @@
+"""Every trained cell in one page that opens offline."""

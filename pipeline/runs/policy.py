@@ -1,0 +1,156 @@
+"""Train one policy against the reference cache: what the `train` stage does. The ranks' side is preference_task.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from cache import Reference, require_keys
+from pipeline.auxdpo.requirements import open_fitting, require_responses
+from pipeline.data.splitting import held_out_rows
+from pipeline.data.tables import PAIR_SIDES, scan_pairs
+from pipeline.errors import RequestError
+from pipeline.params import LoopParams, Trainable, TrainParams, variant_loop
+from pipeline.params.objectives import AnyVariant, AuxDPO
+from pipeline.reference.drift import FILE, count_flagged, open_for_model, values_digest
+from pipeline.runs.launch import Job, file_digest, launch, publish, require_steps, work_folder
+from pipeline.training.history import last_row
+from pipeline.training.record import EVALUATIONS
+from pipeline.training.trackers import require_trackers
+from pipeline.workspace import scratch_folder
+
+
+def train_policy(
+    *,
+    variant: str,
+    seed: int,
+    pairs: Path,
+    model: Path,
+    reference: Path,
+    out: Path,
+    history: Path,
+    metrics: Path,
+    params: TrainParams,
+    trainable: Trainable,
+    sketches: Path | None = None,
+) -> dict[str, Any]:
+    """Train `variant` with `seed` from the reference's weights, without a reference model; returns train.json's dict.
+
+    With train.evaluate_every, held-out pairs are measured into evaluations.tsv beside `history`. sketches: read for
+    AuxDPO alone, which writes its offsets beside the policy. Returns {} where this process is another rank than 0
+    (torchrun, srun). Raises RequestError for an unknown variant, an empty split, settings without a step, a tracker
+    that is not installed or too much drift, CacheMismatch for a cache of other weights or sketches of something else,
+    CacheIncomplete for missing rows: all before any model is loaded.
+    """
+    settings = variant_loop(params, variant)
+    train_pairs, needed = _pairs_of_splits(pairs, settings)
+    require_steps(settings, train_pairs, "train")
+    require_trackers(settings.log_to)
+    cached = open_for_model(reference, model)
+    require_keys(cached, needed.to_arrow().to_batches(), scratch=scratch_folder())
+    check_drift(cached, dtype=settings.dtype, tolerance=settings.drift_tolerance)
+    objective = params.variant(variant)
+    paths = {"pairs": pairs, "model": model, "reference": reference, "tokenizer": model}
+    inputs = [pairs / "pairs.parquet", pairs / "responses.parquet", reference / "manifest.json"]
+    if isinstance(objective, AuxDPO):
+        digests = {"weights": cached.identity.weights, "config": cached.identity.config}
+        paths["sketches"] = _fitting_sketches(sketches, pairs, objective, trainable=trainable, **digests)
+        inputs.append(paths["sketches"] / "manifest.json")
+    job = Job(
+        kind="preferences",
+        title=f"{variant}-{seed}",
+        paths={name: str(path) for name, path in paths.items()},
+        loop=settings.model_dump(include=set(LoopParams.model_fields)),
+        settings=_task_settings(settings, objective, trainable),
+        seed=seed,
+        log_to=tuple(settings.log_to),
+    )
+    work = work_folder(job, cached.identity.weights, cached.identity.config, *map(file_digest, inputs))
+    summary = launch(job, work, loop=settings, n_examples=train_pairs)
+    if summary is None:
+        return {}  # rank 0 publishes
+    final = last_row(work / "history.tsv")
+    final.pop("step")
+    summary = {
+        "variant": variant,
+        "seed": seed,
+        "objective": objective.objective,
+        "hyperparameters": objective.hyperparameters(),
+        "trainable": job.settings["trainable"],
+        "pairs": train_pairs,
+        **summary,
+        "final": final,
+    }
+    evaluations = history.with_name(EVALUATIONS)
+    publish(work, out=out, history=history, evaluations=evaluations, metrics=metrics, summary=summary)
+    return summary
+
+
+def _fitting_sketches(sketches: Path | None, pairs: Path, objective: AuxDPO, **model: Any) -> Path:
+    """The folder, if it holds what AuxDPO needs; raises as open_fitting and require_responses."""
+    found = open_fitting(sketches, **model)
+    require_responses(found, _sides(pairs, "train"), objective)
+    return found.path
+
+
+def _task_settings(settings: TrainParams, objective: AnyVariant, trainable: Trainable) -> dict[str, Any]:
+    """What pipeline/training/preference_task.py is told beside the loop's parameters."""
+    return {
+        "objective": objective.objective,
+        "hyperparameters": objective.hyperparameters(),
+        "reward_beta": objective.reward_beta,
+        "drift_tolerance": settings.drift_tolerance,
+        "trainable": trainable if isinstance(trainable, str) else trainable.model_dump(),
+        "evaluate_every": settings.evaluate_every,
+        "evaluate_pairs": settings.evaluate_pairs,
+    }
+
+
+def _pairs_of_splits(pairs: Path, settings: TrainParams) -> tuple[int, pl.DataFrame]:
+    """The number of training pairs, and the sides of every pair that this run reads."""
+    train, test = (_sides(pairs, split) for split in ("train", "test"))
+    if train.is_empty():
+        raise RequestError(f"{pairs} has no training pairs. Add pairs, or lower prepare.test_share.")
+    if not settings.evaluate_every:
+        return len(train), train
+    if test.is_empty():
+        raise RequestError(
+            f"train.evaluate_every is {settings.evaluate_every}, but {pairs} holds no pair out of training. "
+            "Raise prepare.test_share, name test pairs in prepare, or set train.evaluate_every: 0."
+        )
+    return len(train), pl.concat([train, test[held_out_rows(len(test), settings.evaluate_pairs)]])
+
+
+def _sides(pairs: Path, split: str) -> pl.DataFrame:
+    return scan_pairs(pairs).filter(pl.col("split") == split).select(PAIR_SIDES).collect()
+
+
+def check_drift(reference: Reference, *, dtype: str, tolerance: float) -> None:
+    """Refuse a cache whose values differ from the trainer's own by more than `tolerance` nats a sequence (p99)."""
+    file = reference.path / FILE
+    if not file.exists():
+        raise RequestError(
+            f"{file} is missing: the distance between cache and trainer is unknown. Run `dvc repro score`."
+        )
+    drift = json.loads(file.read_text())
+    if drift["trainer_dtype"] != dtype:
+        raise RequestError(
+            f"{file} was measured against a trainer in {drift['trainer_dtype']}, but this run trains in {dtype}. "
+            "The drift in that dtype is unknown; set train.dtype, which score measures in, and run `dvc repro score`."
+        )
+    sampled = drift.get("sequences", [])
+    keys = [bytes.fromhex(row["response_key"]) for row in sampled]
+    if sampled and values_digest(reference, keys) != drift["values"]:
+        raise RequestError(
+            f"{file} was measured on other values than {reference.path} holds now. "
+            "The drift of these is unknown; run `dvc repro -f score`, which measures it and scores nothing twice."
+        )
+    if not drift["per_sequence"]["p99"] <= tolerance:  # NaN is refused too
+        flagged = f", {count_flagged(sampled, tolerance)} of {len(sampled)} sampled rows above it" if sampled else ""
+        raise RequestError(
+            f"{file}: cache and trainer differ by {drift['per_sequence']['p99']:.3g} nats a sequence (p99), "
+            f"train.drift_tolerance allows {tolerance:g}{flagged}. Log-ratios would start off zero by that much. "
+            f"`refcache verify {reference.path} --drift --repair` scores the rows above it anew with transformers in "
+            "float32; or score in float32 (score.dtype) and run `dvc repro score`, or raise the tolerance knowingly."
+        )

@@ -1,0 +1,1 @@
+"""The loop around DeepSpeed that sft and preference training share."""

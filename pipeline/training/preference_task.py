@@ -1,0 +1,168 @@
+"""The ranks' side of preference training: pairs with their cached reference values, the policy, the objective."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from cache import join_sum_logps, open_reference
+from pipeline.auxdpo.offsets import Offsets, summarise_shares
+from pipeline.auxdpo.rank_share import open_offsets, require_adapter
+from pipeline.data.tables import name_pairs
+from pipeline.forward.kernels import choose_kernels
+from pipeline.forward.layout import choose_layout
+from pipeline.forward.logps import ResponseLogps, sequence_sums
+from pipeline.model.folders import disable_dropout, load_policy_start
+from pipeline.model.trainable import select_trainable
+from pipeline.objectives import OBJECTIVES, PairLogps
+from pipeline.params import LoopParams, Trainable
+from pipeline.params.objectives import AuxDPO
+from pipeline.runs.launch import Job
+from pipeline.training.deepspeed_engine import Engine, divided_from_the_start
+from pipeline.training.held_out import HeldOutPairs
+from pipeline.training.loop import micro_steps_for
+from pipeline.training.pairs import PairBatches
+from pipeline.training.start_check import StartCheck
+from pipeline.workspace import scratch_folder
+
+
+class PreferenceTask:
+    """Mean of an objective over the pairs of the batch; the reference is two float64 columns."""
+
+    def __init__(
+        self,
+        pairs: Path,
+        reference: Path,
+        *,
+        objective: str,
+        hyperparameters: dict[str, Any],
+        reward_beta: float,
+        drift_tolerance: float,
+        layout: str,
+        split: str = "train",
+        most: int | None = None,
+    ) -> None:
+        """split: "train" or "test"; most: take no more than so many pairs of it.
+
+        layout: "padded", "packed" or "shared_prompts". reward_beta: inverse temperature of the reward metrics.
+
+        drift_tolerance: nats a response by which the policy may differ from the cached reference at the start.
+        """
+        self.objective, self.hyperparameters = OBJECTIVES[objective], hyperparameters
+        self.offsets: Offsets | None = None  # AuxDPO's; they take the objective's place
+        self.kernels: dict[str, str] = {}  # which ones the policy has, for the metrics
+        self.beta = reward_beta
+        self.pairs = PairBatches(pairs, layout, split=split, most=most)
+        self.layout, self.lengths, self.groups = layout, self.pairs.lengths, self.pairs.groups
+        self.start = StartCheck(reference, pairs, drift_tolerance)
+        self.reference_logps = join_sum_logps(
+            open_reference(reference, expect=None), self.pairs.keys.to_arrow().to_batches(), scratch=scratch_folder()
+        )
+
+    def tokens(self, examples: np.ndarray) -> int:
+        return self.pairs.tokens(examples)
+
+    def loss(self, engine: Engine, micro: np.ndarray, batch: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens, places = self.pairs.batch(micro)
+        tokens = tokens.to(engine.device)
+        sums = sequence_sums(engine(*tokens), tokens.rows, int(places.max()) + 1)
+        pair = self._pair_logps(sums.index_select(0, torch.from_numpy(places).to(sums.device)), micro)
+        losses, explained = self._losses(pair, micro, batch)
+        found = self._sums(pair, losses.detach()) | explained
+        if engine.updates == 0:
+            found |= self.start.observe(pair, micro)
+        return losses.sum() / len(batch), found
+
+    def _losses(self, pair: PairLogps, micro: np.ndarray, batch: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of each pair, (B,), and sums that only this objective has."""
+        if self.offsets is not None:
+            return self.offsets.losses(pair, micro, batch)
+        return self.objective(pair, **self.hyperparameters), {}
+
+    def _pair_logps(self, policy: Tensor, micro: np.ndarray) -> PairLogps:
+        chosen, rejected = policy.chunk(2)
+        reference = torch.tensor(self.reference_logps[micro].T, dtype=torch.float32, device=policy.device)
+        lengths = torch.tensor(self.pairs.response_lengths[micro].T, device=policy.device)
+        return PairLogps(chosen, rejected, reference[0], reference[1], lengths[0], lengths[1])
+
+    def _sums(self, pair: PairLogps, losses: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            chosen = self.beta * pair.chosen_log_ratio
+            rejected = self.beta * pair.rejected_log_ratio
+            return {
+                "loss": losses.sum(),
+                "rewards/chosen": chosen.sum(),
+                "rewards/rejected": rejected.sum(),
+                "rewards/margins": (chosen - rejected).sum(),
+                "rewards/accuracies": (chosen > rejected).sum(),
+                "logps/chosen": pair.chosen.sum(),
+                "logps/rejected": pair.rejected.sum(),
+                "dcr": (chosen < 0).sum(),
+                "nll/chosen": -pair.chosen.sum(),
+                "in_distribution_logp": torch.logaddexp(pair.chosen, pair.rejected).sum(),
+            }
+
+    def names(self, examples: np.ndarray) -> list[str]:
+        return name_pairs(self.start.pairs, "train", examples.tolist())
+
+    def summarise(self, sums: dict[str, float], batch: np.ndarray) -> dict[str, float]:
+        self.start.judge(sums, len(batch))
+        row = {name: value / len(batch) for name, value in sums.items()}
+        # Nats per token, as language-model losses are given; everything else is a mean over pairs.
+        row["nll/chosen"] = sums["nll/chosen"] / float(self.pairs.response_lengths[batch, 0].sum())
+        return row if self.offsets is None else summarise_shares(row)
+
+
+def start(job: Job, loop: LoopParams) -> tuple[Engine, PreferenceTask, nn.Module]:
+    """Engine, task and policy of one rank; no reference model is loaded."""
+    trainable = TypeAdapter(Trainable).validate_python(job.settings["trainable"])
+    with divided_from_the_start(loop, micro_steps=micro_steps_for(loop)):
+        model = load_policy_start(Path(job.paths["model"]))
+    model = select_trainable(model, trainable)
+    if loop.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    layout = choose_layout(disable_dropout(model), loop.layout, best="shared_prompts")
+    kernels = choose_kernels(model, layout, loop)
+    model.train()
+    task = open_task(job, layout)
+    task.kernels = kernels
+    offset_params = _offset_params(job)
+    if offset_params:
+        require_adapter(Path(job.paths["sketches"]), model)
+    engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
+    if offset_params:
+        task.offsets = open_offsets(Path(job.paths["sketches"]), task.pairs.keys, task.groups, offset_params, engine)
+    return engine, task, model
+
+
+def _offset_params(job: Job) -> AuxDPO | None:
+    if job.settings["objective"] != "auxdpo":
+        return None
+    return AuxDPO.model_validate({"objective": "auxdpo"} | job.settings["hyperparameters"])
+
+
+def open_task(job: Job, layout: str, *, split: str = "train", most: int | None = None) -> PreferenceTask:
+    """Without offsets: those of held-out pairs are zero, where AuxDPO's loss is DPO's."""
+    names = ("objective", "hyperparameters", "reward_beta", "drift_tolerance")
+    settings = {name: job.settings[name] for name in names}
+    if settings["objective"] == "auxdpo":
+        settings |= {"objective": "dpo", "hyperparameters": {"beta": settings["reward_beta"]}}
+    paths = (Path(job.paths[name]) for name in ("pairs", "reference"))
+    return PreferenceTask(*paths, **settings, layout=layout, split=split, most=most)
+
+
+def companion(task: PreferenceTask) -> Offsets | None:
+    """What trains beside the policy."""
+    return task.offsets
+
+
+def held_out(job: Job, loop: LoopParams, task: PreferenceTask) -> HeldOutPairs | None:
+    """Pairs of the test split to measure while training, if the params ask for it."""
+    every = job.settings["evaluate_every"]
+    if not every:
+        return None
+    most = job.settings["evaluate_pairs"]
+    return HeldOutPairs(open_task(job, task.layout, split="test", most=most), loop, every=every)

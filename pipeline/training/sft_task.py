@@ -1,0 +1,72 @@
+"""The ranks' side of supervised fine-tuning: data, model and loss for pipeline/training/loop.py."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from pipeline.data.tables import read_sft
+from pipeline.forward.kernels import choose_kernels
+from pipeline.forward.layout import choose_layout
+from pipeline.forward.logps import ResponseLogps, collate, pack
+from pipeline.model.folders import initial_model, load_tokenizer
+from pipeline.params import LoopParams, ModelParams
+from pipeline.runs.launch import Job
+from pipeline.training.deepspeed_engine import Engine, divided_from_the_start
+from pipeline.training.loop import micro_steps_for
+
+
+class SftTask:
+    """Cross-entropy of the completion tokens, averaged over all completion tokens of the batch."""
+
+    def __init__(self, rows: Path, layout: str, kernels: dict[str, str]) -> None:
+        """layout: "padded", or anything else for one run of sequences. kernels: which ones train, for the metrics."""
+        self.layout, self.kernels, self.rows = layout, kernels, rows
+        table = read_sft(rows)
+        self.prompts = [ids.to_numpy() for ids in table["prompt_ids"]]
+        self.responses = [ids.to_numpy() for ids in table["response_ids"]]
+        self.response_lengths = np.array([len(ids) for ids in self.responses])
+        self.lengths = self.response_lengths + np.array([len(ids) for ids in self.prompts])
+        self.groups = np.arange(len(table))
+
+    def tokens(self, examples: np.ndarray) -> int:
+        lengths = self.lengths[examples]
+        return int(lengths.max() * len(lengths) if self.layout == "padded" else lengths.sum())
+
+    def loss(self, engine: Engine, micro: np.ndarray, batch: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        sequences = [(self.prompts[i], self.responses[i]) for i in micro]
+        tokens = collate(sequences) if self.layout == "padded" else pack(sequences, np.arange(len(micro)))
+        nll = -engine(*tokens.to(engine.device)).sum()
+        return nll / float(self.response_lengths[batch].sum()), {"nll": nll}
+
+    def names(self, examples: np.ndarray) -> list[str]:
+        return [f"row {row} of {self.rows}" for row in examples.tolist()]
+
+    def summarise(self, sums: dict[str, float], batch: np.ndarray) -> dict[str, float]:
+        return {"loss": sums["nll"] / float(self.response_lengths[batch].sum())}
+
+
+def start(job: Job, loop: LoopParams) -> tuple[Engine, SftTask, nn.Module]:
+    """Engine, task and model of one rank."""
+    tokenizer = load_tokenizer(Path(job.paths["tokenizer"]))
+    params = ModelParams.model_validate(job.settings["model"])
+    # An adapter is merged into whole weights, and random ones are drawn in the same order whatever the ranks.
+    whole = params.adapter is not None or params.scratch is not None
+    with nullcontext() if whole else divided_from_the_start(loop, micro_steps=micro_steps_for(loop)):
+        model = initial_model(params, tokenizer)
+    if loop.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    layout = choose_layout(model, loop.layout, best="packed")
+    kernels = choose_kernels(model, layout, loop)
+    model.train()
+    engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
+    return engine, SftTask(Path(job.paths["sft"]), layout, kernels), model
+
+
+def held_out(job: Job, loop: LoopParams, task: SftTask) -> None:
+    """Nothing: prepare keeps no sft rows back."""
+
+
+def companion(task: SftTask) -> None:
+    """Nothing: the model trains alone."""

@@ -1,0 +1,249 @@
+"""Drift on demand: every row, or a larger sample, against the trainer's own forward; flagged rows scored again.
+
+Memory holds one chunk of rows, and of all others some 50 bytes each: keys and lengths, never tokens.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+
+from cache import CacheCorrupt, Journal, Reference, open_reference, verify
+from pipeline.data.tables import iter_responses, scan_pairs, scan_responses
+from pipeline.engine.rows import ROW_COLUMNS, engine_rows, scored_table
+from pipeline.params import ScoreParams
+from pipeline.progress import progress_bar
+from pipeline.reference import drift
+from pipeline.reference.drift_statistics import DriftTally
+from pipeline.reference.publication import publish_needed
+from pipeline.reference.rescored import adopt, recorded_rows
+from pipeline.reference.trainer_forward import TrainerForward
+from pipeline.workspace import journal_folder, rescored_folder
+
+CHUNK_ROWS = 2000  # looked up in the reference cache at a time
+JOURNAL_ROWS = 64  # rescored between two appends: what a kill can cost
+LISTED_ROWS = 1000  # flagged rows that are named, the worst; all are counted and rescored
+DESCRIBED_ROWS = 20  # of the flagged ones, in `describe`
+LISTED_SOURCES = 5  # of each, where many pairs share a response
+
+
+class Flagged(NamedTuple):
+    """A row whose drift exceeds the tolerance; own_sum: its summed log-prob by the trainer, nats."""
+
+    key: bytes
+    n_tokens: int
+    drift: float
+    own_sum: float
+
+
+class _Scope(NamedTuple):
+    """What is compared with what: the arguments of `check_reference_drift`."""
+
+    pairs: Path
+    model: Path
+    dtype: str
+    sample: int | None
+    tolerance: float
+    trust_remote_code: bool
+
+
+def check_reference_drift(
+    path: Path,
+    *,
+    pairs: Path,
+    model: Path,
+    trainer_dtype: str,
+    sample: int | None,
+    tolerance: float,
+    rescore: bool,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Compare the reference cache at `path` with transformers' forward of `model` in `trainer_dtype`; ready for JSON.
+
+    sample: how many responses of `pairs`, None for all; tolerance: nats a sequence above which a row is flagged.
+    rescore: score the flagged rows in float32 with transformers, publish them, and measure drift.json anew. Returns
+
+        responses, tokens, per_token, per_sequence, typical_margin   as in drift.json; p99 to 0.3 %
+        tolerance, flagged_rows                                       rows above it, all of them counted
+        flagged     [{response_key (hex), n_tokens, drift, sources}], worst first, at most LISTED_ROWS
+        unchecked   rows of the reference cache that no pair uses, so that their tokens are unknown here
+        rescored    None, or {rows: scored now, kept: scored by an earlier run, still_flagged: whose float32 values
+                    are above the tolerance too, which is the trainer's own rounding}
+        drift       drift.json's content, without its rows; None where there is none
+
+    Raises CacheMismatch for other weights, CacheIncomplete for a response that has no row, CacheCorrupt for damage,
+    and with `rescore` CacheLocked while another process scores this reference.
+    """
+    reference = drift.open_for_model(path, model)
+    scope = _Scope(pairs, model, trainer_dtype, sample, tolerance, trust_remote_code)
+    if not rescore:
+        found, _ = _compare(reference, scope)
+        stored = drift.read_drift(path)
+        return found | {"rescored": None, "drift": stored and drift.summary(stored)}
+    identity = reference.identity
+    with (
+        Journal(journal_folder() / identity.reference_id),  # one writer: scoring and this exclude each other
+        Journal(rescored_folder(identity.reference_id)) as journal,
+    ):
+        reference = open_reference(path, expect=identity)
+        _require_sound(path)
+        adopt(recorded_rows(path, identity.reference_id), journal, reference)
+        found, flagged = _compare(reference, scope)
+        outcome = _rescore(flagged, journal, scope)
+        measured = _publish(reference, journal, scope)
+    return found | {"rescored": outcome, "drift": drift.summary(measured)}
+
+
+def _require_sound(path: Path) -> None:
+    """A damaged row would be published anew under a fresh checksum, and nobody could tell it any more."""
+    findings = verify(path)
+    if findings:
+        first = findings[0]
+        raise CacheCorrupt(
+            f"{path} has {len(findings)} findings; {first.file}: {first.problem}. Its rows can't be published anew "
+            f"before that is mended. Run `refcache verify {path} --repair`, then this again."
+        )
+
+
+def _compare(reference: Reference, scope: _Scope) -> tuple[dict[str, Any], list[Flagged]]:
+    pairs, sample = scope.pairs, scope.sample
+    chosen = None if sample is None else drift.choose_sample(scan_responses(pairs), sample)["response_key"]
+    lengths = _lengths(pairs, chosen)
+    reference.rows(lengths["response_key"], ["n_tokens"])  # a missing row is told now, not after hours
+    tally, flagged = DriftTally(), list[Flagged]()
+    forward = TrainerForward(scope.model, scope.dtype, trust_remote_code=scope.trust_remote_code)
+    with progress_bar("drift", len(lengths), tokens=int(lengths["length"].sum())) as advance:
+        for rows in _chunks(pairs, chosen):
+            cached = reference.rows(rows["response_key"], ["token_logps"])["token_logps"]
+            for key, values, row in zip(rows["response_key"], cached, engine_rows(rows), strict=True):
+                own = forward(*row)
+                off = tally.add(drift.difference(values.to_numpy(), own))
+                if off > scope.tolerance:
+                    flagged.append(Flagged(key, len(own), off, float(own.sum(dtype=np.float64))))
+                advance(1, len(row[0]) + len(row[1]))
+    flagged.sort(key=lambda row: (-row.drift, row.key))
+    keys = scan_pairs(pairs).select("chosen_key", "rejected_key").collect()
+    found = {
+        "path": str(reference.path),
+        "reference_id": reference.identity.reference_id,
+        "trainer_dtype": scope.dtype,
+        **tally.statistics(),
+        "typical_margin": drift.six_digits(drift.typical_margin(keys, reference)),
+        "tolerance": scope.tolerance,
+        "flagged_rows": len(flagged),
+        "flagged": _named(flagged[:LISTED_ROWS], pairs),
+        "unchecked": reference.n_rows - len(lengths) if sample is None else 0,
+    }
+    return found, flagged
+
+
+def _lengths(pairs: Path, chosen: pl.Series | None) -> pl.DataFrame:
+    """response_key and tokens with the prompt ("length") of the rows to forward."""
+    length = (pl.col("prompt_ids").list.len() + pl.col("response_ids").list.len()).alias("length")
+    rows = scan_responses(pairs).select("response_key", length)
+    if chosen is not None:
+        rows = rows.filter(pl.col("response_key").is_in(chosen.implode()))
+    return rows.collect(engine="streaming")
+
+
+def _chunks(pairs: Path, chosen: pl.Series | None) -> Iterator[pl.DataFrame]:
+    """ROW_COLUMNS of the chosen responses (None: all), in file order; chunks without any are left out."""
+    for rows in iter_responses(pairs, ROW_COLUMNS, rows=CHUNK_ROWS):
+        wanted = rows if chosen is None else rows.filter(pl.col("response_key").is_in(chosen.implode()))
+        if len(wanted):
+            yield wanted
+
+
+def _named(flagged: list[Flagged], pairs: Path) -> list[dict[str, Any]]:
+    """The rows with the source lines of the pairs that use them."""
+    keys = pl.Series("response_key", [row.key for row in flagged], dtype=pl.Binary)
+    sides = [
+        scan_pairs(pairs).select(pl.col(side).alias("response_key"), "pair_id", "source")
+        for side in ("chosen_key", "rejected_key")
+    ]
+    used = pl.concat(sides).filter(pl.col("response_key").is_in(keys.implode())).sort("pair_id")
+    lines = used.unique(["response_key", "source"], keep="first", maintain_order=True).group_by("response_key")
+    sources = dict(lines.agg(pl.col("source").head(LISTED_SOURCES)).collect().iter_rows())
+    return [
+        {
+            "response_key": row.key.hex(),
+            "n_tokens": row.n_tokens,
+            "drift": drift.six_digits(row.drift),
+            "sources": sources.get(row.key, []),
+        }
+        for row in flagged
+    ]
+
+
+def _rescore(flagged: list[Flagged], journal: Journal, scope: _Scope) -> dict[str, int]:
+    """Journal float32 values of the flagged rows that the journal lacks."""
+    known = journal.keys()
+    wanted = [row.key for row in flagged if row.key not in known]
+    if wanted:
+        forward = TrainerForward(scope.model, "float32", trust_remote_code=scope.trust_remote_code)
+        with progress_bar("rescore in float32", len(wanted)) as advance:
+            for chunk in _chunks(scope.pairs, pl.Series(wanted, dtype=pl.Binary)):
+                for rows in chunk.iter_slices(JOURNAL_ROWS):
+                    inputs = engine_rows(rows)
+                    journal.append(scored_table(rows, inputs, [forward(*row) for row in inputs]))
+                    advance(len(rows))
+    trainers = {row.key: row.own_sum for row in flagged}
+    still = 0
+    for table in journal.tables() if flagged else ():
+        for key, value in zip(table["response_key"].to_pylist(), table["sum_logp"].to_pylist(), strict=True):
+            still += key in trainers and abs(value - trainers[key]) > scope.tolerance
+    return {"rows": len(wanted), "kept": len(flagged) - len(wanted), "still_flagged": still}
+
+
+def _publish(reference: Reference, journal: Journal, scope: _Scope) -> dict[str, Any]:
+    """Publish the same rows, rescored ones from the journal; returns the content of drift.json, measured anew."""
+    keys = reference.keys()
+    rescored = keys & journal.keys()
+    if rescored:
+        publish_needed(reference.path, keys, [journal, reference], reference.identity)
+    before = drift.read_drift(reference.path) or {}
+    return drift.ensure_drift(
+        reference.path,
+        scope.model,
+        responses=scan_responses(scope.pairs),
+        pairs=scan_pairs(scope.pairs).select("chosen_key", "rejected_key").collect(),
+        reference=open_reference(reference.path, expect=reference.identity),
+        trainer_dtype=scope.dtype,
+        sample_size=before.get("responses", ScoreParams.model_fields["drift_sample"].default),
+        trust_remote_code=scope.trust_remote_code,
+        rescored=rescored,
+    )
+
+
+def describe(found: dict[str, Any]) -> list[str]:
+    """What `check_reference_drift` returned, as lines for people."""
+    sequence, token = found["per_sequence"], found["per_token"]
+    lines = [
+        f"{found['path']}: {found['responses']:,} responses, {found['tokens']:,} tokens against transformers in "
+        f"{found['trainer_dtype']}",
+        f"drift per sequence: max {sequence['max']:.3g}, mean {sequence['mean']:.3g}, p99 {sequence['p99']:.3g} nats "
+        f"(typical margin {found['typical_margin']:.3g})",
+        f"drift per token: max {token['max']:.3g}, mean {token['mean']:.3g}, p99 {token['p99']:.3g} nats",
+        f"{found['flagged_rows']:,} rows drift by more than {found['tolerance']:g} nats (train.drift_tolerance)",
+    ]
+    lines += [
+        f"  {row['response_key']}: {row['drift']:.3g} nats over {row['n_tokens']} tokens; {', '.join(row['sources'])}"
+        for row in found["flagged"][:DESCRIBED_ROWS]
+    ]
+    if found["flagged_rows"] > DESCRIBED_ROWS:
+        lines.append(f"  and {found['flagged_rows'] - DESCRIBED_ROWS:,} more")
+    if found["unchecked"]:
+        lines.append(f"{found['unchecked']:,} rows were not checked: no pair uses them, so their tokens are unknown")
+    if found["rescored"] is not None:
+        done = found["rescored"]
+        lines.append(f"{done['rows']:,} rows scored anew with transformers in float32, {done['kept']:,} were before")
+        if done["rows"]:
+            lines.append("Run `dvc repro score`, so that DVC records them; no engine is started for that.")
+        if done["still_flagged"]:
+            lines.append(
+                f"{done['still_flagged']:,} of them still drift by more: that is the rounding of a trainer in "
+                f"{found['trainer_dtype']}. Train in float32, or raise train.drift_tolerance knowingly."
+            )
+    return lines

@@ -1,0 +1,1 @@
+"""Four objectives, four choices of what trains, five seeds, on the demo's known reward."""

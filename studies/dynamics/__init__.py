@@ -1,0 +1,1 @@
+"""What happens to chosen and rejected responses while objectives train."""

@@ -1,0 +1,1 @@
+"""What studies measure of trained policies beside `evaluate`: log-probs, divergence, answers."""

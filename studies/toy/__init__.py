@@ -1,0 +1,1 @@
+"""Where objectives move probability: four prompts, four responses, a small network."""
