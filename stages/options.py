@@ -24,7 +24,7 @@ def params_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @params_file_options
     @wraps(function)
     def with_params(*, params_file: Path, overrides: tuple[str, ...], **options: Any) -> Any:
-        from pipeline.params.reading import load_params
+        from pipeline.params import load_params
 
         return function(params=load_params(params_file, overrides), **options)
 

@@ -66,7 +66,8 @@ def command(
     """
     if exact and offsets is None:
         raise click.UsageError("--exact measures trained offsets; name their file with --offsets.")
-    from pipeline.upkeep.sketch_report import report_sketches, write_report
+    from pipeline.files import write_json
+    from pipeline.upkeep.sketch_report import report_sketches
 
     found = report_sketches(path, null_weights=null_weights, ridge=ridge, rows=rows, seed=seed)
     if offsets is not None:
@@ -77,7 +78,7 @@ def command(
         found["warnings"] += measured.pop("warnings")
         found["offsets"] = measured
     if out is not None:
-        write_report(found, out)
+        write_json(out, found)
     echo_tables(list(_tables(found)))
     suggested = found["suggested"]
     click.echo(

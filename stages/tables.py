@@ -31,6 +31,8 @@ def show(value: Any) -> str:
 
 
 def show_bytes(size: int) -> str:
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
 
 

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 import click
 
 from stages.options import params_options, path_option
+from stages.tables import show_bytes
 
 if TYPE_CHECKING:
     from pipeline.params import Params
+    from pipeline.runs.memory_plan import MemoryPlan
 
 
 @click.command(name="train")
@@ -54,12 +56,11 @@ def command(
     """
     if dry_run:
         from pipeline.params import variant_loop
-        from pipeline.runs.memory_plan import plan_memory
+        from pipeline.runs.memory_plan import STAGE_BYTES, plan_memory
 
         loop, objective = variant_loop(params.train, variant), params.train.variant(variant)
         plan = plan_memory(model, pairs, loop, params.trainable, objective=objective, sketches=sketches)
-        for line in plan.lines():
-            click.echo(line)
+        click.echo("\n".join(_lines(plan, STAGE_BYTES)))
         return
     from pipeline.runs.policy import train_policy
 
@@ -76,3 +77,14 @@ def command(
         params=params.train,
         trainable=params.trainable,
     )
+
+
+def _lines(plan: "MemoryPlan", stage_bytes: int) -> list[str]:
+    shown = [*plan.parts.items(), ("total on each rank", plan.total)]
+    return [
+        f"{plan.parameters:,} parameters, {plan.trained:,} of them trained; largest micro-batch of a rank: "
+        f"{plan.micro_batch_tokens:,} tokens ({plan.layout})",
+        *(f"{name:<26}{show_bytes(size):>10}" for name, size in shown),
+        f"beside the ranks: {show_bytes(stage_bytes)} of the stage that started them",
+        f"not held: {show_bytes(plan.reference)} of reference weights, and a forward pass of them over every batch",
+    ]

@@ -55,7 +55,7 @@ def command(
         _verify(path)
         return
     from cache.sketches import SKETCHES, stored_kind
-    from pipeline.params.reading import load_params
+    from pipeline.params import load_params
 
     params = load_params(params_file, overrides)
     if stored_kind(path) == SKETCHES:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from cache import logps_table, open_reference, prompt_key, publish_reference, response_key
 from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, SFT_SCHEMA, read_responses, write_table
-from pipeline.model.digests import reference_identity
+from pipeline.reference.identity import reference_identity
 
 VOCABULARY = 64
 EOS = 2

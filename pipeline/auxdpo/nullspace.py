@@ -10,7 +10,7 @@ nobody fits to, tells the truth.
 Notation: m distinct responses; K numbers per sketch, all groups together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +30,12 @@ DENSE = 4096  # up to this many rows or columns the singular vectors come from a
 ITERATIONS, OVERSAMPLING = 8, 2  # of the subspace iteration above it
 NEGLIGIBLE = 1e-6  # singular values below this share of the largest are rounding
 
+SumOverRanks = Callable[[Tensor], Tensor]  # adds a tensor over all ranks and returns the sum
+
+
+def _of_one_rank(values: Tensor) -> Tensor:
+    return values
+
 
 class SketchedGradients:
     """S A as a (m, K) array, usually memory-mapped, with the weight of each response and its audit sketch.
@@ -48,23 +54,13 @@ class SketchedGradients:
     def __len__(self) -> int:
         return len(self.sketches)
 
-    def penalty(self, delta: Tensor) -> Tensor:
-        """||(1/2n) sum_j delta_j S g_j||^2 over all 2n sides; scalar, differentiable. delta: (m,) on the device."""
-        value: Tensor = _Penalty.apply(delta, self)
-        return value
+    def penalty(self, coefficients: Tensor, sum_over_ranks: SumOverRanks = _of_one_rank) -> tuple[Tensor, Tensor]:
+        """||sum_j c_j S g_j||^2 and its gradient by c. coefficients: c, (m,) on the device, weights * delta say.
 
-    def audit_penalty(self, delta: Tensor) -> float:
-        """As `penalty`, by the audit sketch: an honest estimate also for offsets that were fitted to the sketch."""
-        return float(((self.weights * delta.detach().float()) @ self.audit).square().sum())
-
-    def batch_penalty(self, rows: Tensor, delta: Tensor) -> Tensor:
-        """The paper's relaxation: ||(1/2P) sum_j delta_j S g_j||^2 over the 2P sides of a batch alone.
-
-        rows: (2P,), the response of each side; delta: (2P,), its offset. Mostly a ridge: of the global penalty it
-        carries about (P - 1)/(n - 1).
+        sum_over_ranks: where every rank holds some of the responses; the gradient is by this rank's coefficients.
         """
-        sketches = self.sketches[rows.cpu()].to(self.device)
-        return (delta.float() @ sketches / len(rows)).square().sum()
+        total = sum_over_ranks(self.combine(coefficients))
+        return total.square().sum(), 2 * self.products(total)
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """sum_j coefficients_j S g_j; (m,) or (m, q) to (K,) or (q, K)."""
@@ -91,19 +87,6 @@ class SketchedGradients:
         for start in range(0, len(self), step):
             rows = slice(start, min(start + step, len(self)))
             yield rows, self.sketches[rows].to(self.device)
-
-
-class _Penalty(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, delta: Tensor, gradients: SketchedGradients) -> Tensor:
-        ctx.gradients, ctx.dtype = gradients, delta.dtype
-        ctx.total = gradients.combine(gradients.weights * delta.float())
-        return ctx.total.square().sum()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        found = 2 * ctx.gradients.weights * ctx.gradients.products(ctx.total)
-        return (upstream * found).to(ctx.dtype), None
 
 
 def load_gradients(

@@ -21,7 +21,7 @@ from pipeline.data.tables import write_table
 from pipeline.errors import RunFailed
 from pipeline.objectives import auxdpo
 from pipeline.objectives.pair import PairLogps
-from pipeline.params.objectives import AuxDPO
+from pipeline.params import AuxDPO
 
 STATE, TABLE = "offsets.pt", "offsets.parquet"  # in a checkpoint; beside the policy
 TABLE_SCHEMA = pa.schema(
@@ -124,14 +124,14 @@ class Offsets:
         delta is centred if that is wanted. responses: those of `share`, (n,). coefficients: c of all responses, (m,).
         """
         mine = coefficients[responses]
-        total = self._sum_over_ranks(share.combine(mine * self._centred(coefficients)[responses]))
+        penalty, slope = share.penalty(mine * self._centred(coefficients)[responses], self._sum_over_ranks)
         gradient = torch.zeros_like(self._gradient)
-        gradient[responses] = (2 * self.params.null_weight * mine * share.products(total)).double()
+        gradient[responses] = (self.params.null_weight * mine * slope).double()
         if self.params.centred:
             sums = torch.zeros_like(gradient).index_add_(0, self.prompts, gradient)
             gradient -= prompt_shares(coefficients, self.prompts) * sums[self.prompts]
         self._gradient += gradient
-        return float(total.square().sum())
+        return float(penalty)
 
     def _centred(self, coefficients: Tensor) -> Tensor:
         """The offsets less their prompt's mean, weighted by `coefficients`, (m,)."""

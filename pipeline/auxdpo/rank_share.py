@@ -19,7 +19,7 @@ from pipeline.auxdpo.requirements import pair_responses, require_responses
 from pipeline.data.tables import PAIR_SIDES
 from pipeline.errors import RequestError
 from pipeline.model.trainable import adapter_digest
-from pipeline.params.objectives import AuxDPO
+from pipeline.params import AuxDPO
 from pipeline.workspace import scratch_folder
 
 RESIDENT_BYTES = 4 << 30  # of a rank's share that stay on its accelerator; more is copied there at every step
@@ -57,7 +57,7 @@ def open_offsets(path: Path, pairs: pl.DataFrame, groups: np.ndarray, params: Au
     sides = torch.from_numpy(np.stack([responses.positions(key_array(pairs[side])) for side in PAIR_SIDES], axis=1))
     prompts = torch.empty(len(responses), dtype=torch.int64)
     prompts[sides] = torch.from_numpy(np.unique(groups, return_inverse=True)[1])[:, None]
-    rows = share_of(ranks.rank, ranks.ranks, len(responses))
+    rows = rank_slice(ranks.rank, ranks.ranks, len(responses))
     projection = None
     if params.constraint == "projection":
         weights = response_weights(sides, len(responses), params)
@@ -88,12 +88,12 @@ def planned_bytes(path: Path | None, pairs: pl.DataFrame, params: AuxDPO, ranks:
     parts = {"offsets": responses * (4 * 4 + 8 + 2 * 4 + 2 * 8 + 16) + len(pairs) * 16}
     if params.constraint == "projection":
         parts["projection"] = responses * params.rank * 4
-    share = share_of(ranks - 1, ranks, responses)  # of the last rank, which has no fewer than others
+    share = rank_slice(ranks - 1, ranks, responses)  # of the last rank, which has no fewer than others
     parts["sketches (mapped)"] = (share.stop - share.start) * (numbers + (sketches.identity.audit or 0)) * 4
     return parts
 
 
-def share_of(rank: int, ranks: int, responses: int) -> slice:
+def rank_slice(rank: int, ranks: int, responses: int) -> slice:
     """The responses whose sketches `rank` holds: a run of them, about equally many on every rank."""
     return slice(responses * rank // ranks, responses * (rank + 1) // ranks)
 

@@ -1,7 +1,6 @@
 """What AuxDPO takes from published sketches, and that they are those of this very training; no model is loaded."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from cache.manifest import MANIFEST, file_digest
 from cache.sketches import ENGINE, NONE, canonical_json
 from pipeline.data.tables import PAIR_SIDES
 from pipeline.errors import RequestError
-from pipeline.params import Trainable
-from pipeline.params.objectives import AnyVariant, AuxDPO
+from pipeline.files import write_json
+from pipeline.params import AnyVariant, AuxDPO, Trainable
 
 
 def open_fitting(path: Path | None, *, weights: str, config: str, trainable: Trainable) -> Sketches:
@@ -90,6 +89,5 @@ def write_stamp(variant: str, objective: AnyVariant, sketches: Path, out: Path) 
     if objective.needs_sketches:
         _open_filled(sketches, f"variant {variant} ({objective.objective})")
         content["sketches"] = file_digest(sketches / MANIFEST)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(out, content)
     return content

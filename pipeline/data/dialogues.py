@@ -71,7 +71,7 @@ def split_plain(text: str, column: str) -> tuple[str, str]:
     return text[: last.end()], text[last.end() :]
 
 
-def difference(chosen: Prompt, rejected: Prompt) -> str:
+def where_they_differ(chosen: Prompt, rejected: Prompt) -> str:
     """How two prompts that should be equal differ, in words."""
     if isinstance(chosen, str) or isinstance(rejected, str):
         return "their texts before the last answer differ"

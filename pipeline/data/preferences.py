@@ -12,7 +12,6 @@ from pipeline.data.dialogues import (
     BadDialogue,
     Message,
     Prompt,
-    difference,
     is_empty,
     is_messages,
     is_plain_dialogue,
@@ -20,6 +19,7 @@ from pipeline.data.dialogues import (
     plain_messages,
     split_messages,
     split_plain,
+    where_they_differ,
 )
 from pipeline.data.sources import BadRow, Row
 from pipeline.errors import RequestError
@@ -152,7 +152,9 @@ def _pair(prompt: Any, chosen: Any, rejected: Any, *, chat: bool, where: str) ->
     chosen_prompt, chosen_text = _split_whole(prompt, chosen, "chosen", chat=chat, where=where)
     rejected_prompt, rejected_text = _split_whole(prompt, rejected, "rejected", chat=chat, where=where)
     if chosen_prompt != rejected_prompt:
-        raise _Bad(f"chosen and rejected part before the last answer: {difference(chosen_prompt, rejected_prompt)}")
+        raise _Bad(
+            f"chosen and rejected part before the last answer: {where_they_differ(chosen_prompt, rejected_prompt)}"
+        )
     _refuse_empty(chosen_prompt, chosen_text, "chosen")
     _refuse_empty(chosen_prompt, rejected_text, "rejected")
     if chosen_text == rejected_text:

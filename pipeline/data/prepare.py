@@ -4,7 +4,6 @@ Three separate outputs on purpose: sft rows and tokenizer decide the reference m
 touching either, and every cached reference value stays valid.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -20,6 +19,7 @@ from pipeline.data.pairing import PairTables, SupervisedTable, pair_tables, supe
 from pipeline.data.sources import BadRow
 from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, SFT_SCHEMA, write_table
 from pipeline.errors import RequestError
+from pipeline.files import write_json
 from pipeline.model.tokenizer import load_tokenizer, read_template, train_tokenizer
 from pipeline.params import ModelParams, PrepareParams
 
@@ -56,7 +56,7 @@ def prepare_data(
         prepared.tokenizer.save_pretrained(new_tokenizer)
         write_table(prepared.pairs.pairs, new_pairs, PAIRS_SCHEMA)
         write_table(prepared.pairs.responses, new_responses, RESPONSES_SCHEMA)
-        new_summary.write_text(json.dumps(prepared.summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(new_summary, prepared.summary, indent=2)
     return prepared.summary
 
 

@@ -1,6 +1,7 @@
-"""Three ways to the log-prob of a response token out of one vLLM engine; engine_probe.py tells whether one is right.
+"""Three ways to the log-prob of a response token out of one vLLM engine; probe.py tells whether one is right.
 
-Each reads the tokens that the engine computed, from the end: with prefix caching the beginning may be skipped.
+Each reads the tokens that the engine computed, from the end: with prefix caching the beginning may be skipped. vLLM's
+own classes are made in vllm_engine.py.
 """
 
 from abc import ABC, abstractmethod
@@ -9,12 +10,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from vllm import PoolingParams, SamplingParams
-from vllm.config import PoolerConfig
 
-from pipeline.engine.prompt_logprobs import response_logps
-from pipeline.engine.rows import model_limits
+from pipeline.engine.answers import response_logps
 from pipeline.forward.saved_head import load_output_head
+from pipeline.model.limits import model_limits
 from pipeline.sketches.head import HeadSketcher
 from pipeline.sketches.head_plan import HeadPlan, HeadSketch
 
@@ -22,8 +21,17 @@ LOGITS_BYTES = 1 << 30  # what vocabulary-wide arrays may take at once
 _BYTES_PER_LOGIT = 32  # measured 24: logits, log-probs and what ranking them takes; and holes in the heap
 
 
+# vLLM has no request for no token; the sampled one is thrown away.
+_ONE_TOKEN = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
+
+
 class Backend(ABC):
-    """What to tell the engine, what to ask for a row, and how to read the answer."""
+    """What to tell the engine, what to ask for a row, and how to read the answer.
+
+    pooling_task: of an engine that gives states instead of tokens; None for one that samples.
+    """
+
+    pooling_task: ClassVar[str | None] = None
 
     def __init__(self, model: Path, *, trust_remote_code: bool, plan: HeadPlan | None = None) -> None:
         """plan: sketches of the head's gradient to give beside log-probs; only HiddenStates can."""
@@ -43,17 +51,14 @@ class Backend(ABC):
         """
         return len(prompt) % self.block_size != 0
 
-    def engine_arguments(self) -> dict[str, Any]:
-        # The model's own generation_config would change temperature and top_p behind our back.
-        return {"generation_config": "vllm"}
-
     def step_budget(self, wanted: int, max_model_len: int) -> dict[str, Any]:
         """vLLM computes logits for all tokens of a step, so the vocabulary bounds the step."""
         bounded = max(32, LOGITS_BYTES // (_BYTES_PER_LOGIT * self.vocabulary))
         return {"max_num_batched_tokens": min(wanted, bounded), "enable_chunked_prefill": True}
 
     @abstractmethod
-    def request(self, prompt: np.ndarray, response: np.ndarray, *, share: bool) -> SamplingParams | PoolingParams: ...
+    def request(self, prompt: np.ndarray, response: np.ndarray) -> dict[str, Any]:
+        """Arguments of vLLM's SamplingParams, or of its PoolingParams where there is a pooling task."""
 
     @abstractmethod
     def read(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
@@ -69,15 +74,9 @@ class Backend(ABC):
 class PromptLogprobs(Backend):
     """`prompt_logprobs`: works everywhere, computes logits and ranks for every computed token."""
 
-    def request(self, prompt: np.ndarray, response: np.ndarray, *, share: bool) -> SamplingParams:
-        return SamplingParams(
-            prompt_logprobs=0,
-            max_tokens=1,  # vLLM has no zero; the sampled token is thrown away
-            temperature=0.0,
-            detokenize=False,
-            flat_logprobs=True,  # a third of the memory of one object per token
-            skip_reading_prefix_cache=not share,
-        )
+    def request(self, prompt: np.ndarray, response: np.ndarray) -> dict[str, Any]:
+        # flat_logprobs: a third of the memory of one object per token.
+        return _ONE_TOKEN | {"prompt_logprobs": 0, "flat_logprobs": True}
 
     def read(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
         # vLLM leaves uninitialised memory where it skipped; position P - 1 + i answers for response token i.
@@ -94,15 +93,9 @@ class TokenIds(Backend):
     def step_budget(self, wanted: int, max_model_len: int) -> dict[str, Any]:
         return {"max_num_batched_tokens": wanted}  # the runner that can do this computes logits in chunks of its own
 
-    def request(self, prompt: np.ndarray, response: np.ndarray, *, share: bool) -> SamplingParams:
-        return SamplingParams(
-            prompt_logprob_token_ids=response.astype(np.int32)[:, None],
-            prompt_logprob_start=len(prompt) - 1,
-            max_tokens=1,
-            temperature=0.0,
-            detokenize=False,
-            skip_reading_prefix_cache=not share,
-        )
+    def request(self, prompt: np.ndarray, response: np.ndarray) -> dict[str, Any]:
+        ids = response.astype(np.int32)[:, None]
+        return _ONE_TOKEN | {"prompt_logprob_token_ids": ids, "prompt_logprob_start": len(prompt) - 1}
 
     def read(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
         found = output.prompt_token_id_logprobs
@@ -115,6 +108,7 @@ class TokenIds(Backend):
 class HiddenStates(Backend):
     """The engine as a `token_embed` pooling model; the output head is ours, in chunks, for response rows only."""
 
+    pooling_task = "token_embed"
     CHUNK_TOKENS: ClassVar[int] = 1024
     KEPT_ENDS: ClassVar[int] = 2  # of a response's first blocks; siblings seldom begin alike for longer
 
@@ -134,15 +128,11 @@ class HiddenStates(Backend):
     def may_share(self, prompt: np.ndarray) -> bool:
         return True  # the sibling that computed the blocks has left their last state
 
-    def engine_arguments(self) -> dict[str, Any]:
-        return {"runner": "pooling", "convert": "embed", "pooler_config": PoolerConfig(task="token_embed")}
-
     def step_budget(self, wanted: int, max_model_len: int) -> dict[str, Any]:
         return {"max_num_batched_tokens": wanted, "enable_chunked_prefill": True}
 
-    def request(self, prompt: np.ndarray, response: np.ndarray, *, share: bool) -> PoolingParams:
-        # No activation: it would normalise the states.
-        return PoolingParams(task="token_embed", use_activation=False, skip_reading_prefix_cache=not share)
+    def request(self, prompt: np.ndarray, response: np.ndarray) -> dict[str, Any]:
+        return {"use_activation": False}  # it would normalise the states
 
     def read(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

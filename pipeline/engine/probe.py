@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-Row = tuple[np.ndarray, np.ndarray]  # prompt ids and response ids, int32
+from pipeline.engine.rows import Row
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 133, 41
 # Nats per token that a right engine may be off by. A wrong position, head or scale is off by nats on random tokens.
@@ -24,7 +24,7 @@ class Probe(NamedTuple):
     logps: list[np.ndarray]
     tolerance: float
 
-    def difference(self, found: Sequence[np.ndarray]) -> float:
+    def largest_difference(self, found: Sequence[np.ndarray]) -> float:
         """Largest difference of a token's log-prob, nats; infinite where the shape or a value is no answer."""
         pairs = list(zip(found, self.logps, strict=True))
         if any(a.shape != b.shape or not np.isfinite(a).all() for a, b in pairs):

@@ -1,6 +1,6 @@
 """A child process that owns the vLLM engine, so that its crash, hang or memory never becomes the stage's own.
 
-The stage talks to it over a pipe (the child's side is engine_server.py) and never waits longer than
+The stage talks to it over a pipe (the child's side is server.py) and never waits longer than
 params.timeout_seconds for a sign of life. Everything the engine prints, from C++ too, goes to a log file.
 """
 
@@ -19,13 +19,12 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from pipeline.engine.probe import Probe
-from pipeline.engine.rows import EngineLength
+from pipeline.engine.rows import EngineLength, Row
 from pipeline.errors import EngineFailed
 from pipeline.params import ScoreParams
 from pipeline.progress import Advance, activity
 from pipeline.sketches.head_plan import HeadPlan, HeadSketch
 
-Row = tuple[np.ndarray, np.ndarray]  # prompt ids and response ids, int32
 _LOG_LINES_SHOWN = 15
 _LOOK_SECONDS = 1.0  # between two looks at whether a silent engine is still alive
 
@@ -84,9 +83,9 @@ class EngineProcess:
         trust_remote_code: bool = False,
         plan: HeadPlan | None = None,
     ) -> str:
-        """Build the engine, wait until it is ready, and return its backend (a key of vllm_backends.BACKENDS).
+        """Build the engine, wait until it is ready, and return its backend (a key of backends.BACKENDS).
 
-        length: from scoring_plan.engine_length. With a probe the fastest backend is taken that answers it rightly;
+        length: from rows.engine_length. With a probe the fastest backend is taken that answers it rightly;
         without one, or with sampling (`generate`), the one that vLLM supports everywhere. plan: of sketches that
         `score` is going to be asked for, which hidden_states alone can give. Raises EngineFailed.
         """
@@ -118,7 +117,9 @@ class EngineProcess:
         raise AssertionError("there is always a last candidate")
 
     def _check(self, probe: Probe, backend: str) -> None:
-        difference = probe.difference(Scored(*self._ask(("score", (probe.rows,), {}), "failed its probe", None)).logps)
+        difference = probe.largest_difference(
+            Scored(*self._ask(("score", (probe.rows,), {}), "failed its probe", None)).logps
+        )
         if difference > probe.tolerance:
             self.kill()
             raise self._failure(
@@ -129,7 +130,7 @@ class EngineProcess:
     def score(self, rows: Sequence[Row], advance: Advance, *, sketched: Sequence[bool] | None = None) -> Scored:
         """Log-probs of each response's tokens; advance(rows, tokens) is called meanwhile.
 
-        rows: validated (scoring_plan.check_rows), those of one prompt next to each other. sketched: which of them get a
+        rows: validated (model/limits.py), those of one prompt next to each other. sketched: which of them get a
         sketch as well, of an engine that was loaded with a plan. Raises EngineFailed if the engine dies, fails or stays
         silent.
         """

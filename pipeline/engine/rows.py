@@ -1,9 +1,7 @@
-"""What goes to the engine, in which order, and whether the model can take it at all. No engine is imported here."""
+"""What goes to the engine, in which order and in which calls, and as what it comes back. No engine is imported here."""
 
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -11,17 +9,12 @@ import pyarrow as pa
 
 from cache import logps_table
 from pipeline.errors import RequestError
+from pipeline.model.limits import ModelLimits
 from pipeline.params import ScoreParams
 
+Row = tuple[np.ndarray, np.ndarray]  # prompt ids and response ids, int32
 ROW_COLUMNS = ["response_key", "prompt_key", "prompt_ids", "response_ids"]
 SKETCHED = "sketched"  # a column beside them: whether the engine sketches the row's head gradient, if it does so at all
-
-
-class ModelLimits(NamedTuple):
-    """vocabulary: rows of the embedding, above every id. positions: longest sequence, None where nothing bounds it."""
-
-    vocabulary: int
-    positions: int | None
 
 
 class EngineLength(NamedTuple):
@@ -29,73 +22,6 @@ class EngineLength(NamedTuple):
 
     max_model_len: int
     beyond_limit: bool
-
-
-def model_limits(folder: Path, *, trust_remote_code: bool = False) -> ModelLimits:
-    """Read from config.json, with the architecture's defaults for what the file leaves out."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise RequestError(f"{folder} can't be read as a transformers model: {error}") from None
-    positions = getattr(config, "max_position_embeddings", None)
-    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    if positions and rope.get("rope_type") in ("linear", "dynamic"):
-        positions = int(positions * rope.get("factor", 1.0))  # the other kinds state the scaled length themselves
-    return ModelLimits(config.vocab_size, positions)
-
-
-class BadRow(NamedTuple):
-    """A response that can't be scored. problem continues "Response KEY ..."; remedy is a sentence."""
-
-    key: bytes
-    problem: str
-    remedy: str
-
-
-def bad_rows(rows: pl.DataFrame, limits: ModelLimits, model: Path) -> list[BadRow]:
-    """The rows that the model can't take, once each, in the order of what is wrong and of their keys.
-
-    rows: ROW_COLUMNS. vLLM itself would lose a whole call over one row that is empty or too long, and hang on an id
-    beyond the embeddings.
-    """
-    found: dict[bytes, BadRow] = {}
-    for bad, value, problem, remedy in _rules(limits, model):
-        for key, number in rows.filter(bad).select("response_key", value).sort("response_key").iter_rows():
-            found.setdefault(key, BadRow(key, problem.replace("{}", str(number), 1), remedy))
-    return list(found.values())
-
-
-def check_rows(rows: pl.DataFrame, limits: ModelLimits, model: Path) -> None:
-    """Raise RequestError, naming the first offending response, unless the model can take every row; see bad_rows."""
-    if found := bad_rows(rows, limits, model):
-        more = f" {len(found) - 1} more rows can't be scored." if len(found) > 1 else ""
-        raise RequestError(f"Response {found[0].key.hex()} {found[0].problem}. {found[0].remedy}{more}")
-
-
-def _rules(limits: ModelLimits, model: Path) -> Iterator[tuple[pl.Expr, pl.Expr, str, str]]:
-    """(which rows are bad, a number to show for {}, problem, remedy)."""
-    prompt, response = pl.col("prompt_ids"), pl.col("response_ids")
-    length = (prompt.list.len() + response.list.len()).alias("value")
-    smallest = pl.min_horizontal(prompt.list.min(), response.list.min())
-    largest = pl.max_horizontal(prompt.list.max(), response.list.max())
-    prepare_again = "Run `dvc repro -f prepare`."
-    yield prompt.list.len() == 0, length, "has no prompt token, and its first token needs one before it", prepare_again
-    yield response.list.len() == 0, length, "has no response token, so there is nothing to score", prepare_again
-    yield (
-        (smallest < 0) | (largest >= limits.vocabulary),
-        pl.when(smallest < 0).then(smallest).otherwise(largest).alias("value"),
-        f"has token id {{}}, but {model} has {limits.vocabulary} embeddings (ids 0 to {limits.vocabulary - 1})",
-        "It was tokenised for another model; run `dvc repro`.",
-    )
-    if limits.positions is not None:
-        yield (
-            length > limits.positions,
-            length,
-            f"has {{}} tokens with its prompt, but {model} has {limits.positions} positions",
-            f"Set prepare.max_tokens to {limits.positions} or less and run `dvc repro`.",
-        )
 
 
 def engine_length(longest: int, limits: ModelLimits, params: ScoreParams, *, what: str) -> EngineLength:
@@ -161,14 +87,12 @@ def calls(rows: pl.DataFrame, rows_per_call: int) -> Iterator[pl.DataFrame]:
         start = stop
 
 
-def engine_rows(rows: pl.DataFrame) -> list[tuple[np.ndarray, np.ndarray]]:
+def engine_rows(rows: pl.DataFrame) -> list[Row]:
     """(prompt ids, response ids) as int32 arrays, one pair a row, as EngineProcess.score takes them."""
     return list(zip(token_arrays(rows["prompt_ids"]), token_arrays(rows["response_ids"]), strict=True))
 
 
-def scored_table(
-    rows: pl.DataFrame, inputs: list[tuple[np.ndarray, np.ndarray]], logps: Sequence[np.ndarray]
-) -> pa.Table:
+def scored_table(rows: pl.DataFrame, inputs: list[Row], logps: Sequence[np.ndarray]) -> pa.Table:
     """Rows for a journal: `inputs` (of `engine_rows`) and `logps` are in the order of `rows`, columns ROW_COLUMNS."""
     return logps_table(
         response_keys=rows["response_key"].to_list(),

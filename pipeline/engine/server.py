@@ -1,4 +1,4 @@
-"""The engine's process: `python -m pipeline.engine.server PIPE_FD STAGE_PID`, started by engine_process.py.
+"""The engine's process: `python -m pipeline.engine.server PIPE_FD STAGE_PID`, started by process.py.
 
 It lives for one stage and dies with it, however the stage dies: DVC leaves orphans, and an orphan would keep the
 accelerator's memory from its successor.

@@ -16,17 +16,10 @@ from typing import NamedTuple, Self
 import polars as pl
 
 from pipeline.engine.probe import Probe, make_probe
-from pipeline.engine.process import EngineProcess, Row, Scored
-from pipeline.engine.rows import (
-    SKETCHED,
-    EngineLength,
-    ModelLimits,
-    calls,
-    engine_length,
-    engine_rows,
-    longest_row,
-)
+from pipeline.engine.process import EngineProcess, Scored
+from pipeline.engine.rows import SKETCHED, EngineLength, Row, calls, engine_length, engine_rows, longest_row
 from pipeline.errors import EngineFailed, RunFailed
+from pipeline.model.limits import ModelLimits
 from pipeline.params import ScoreParams
 from pipeline.progress import Advance
 from pipeline.sketches.head_plan import HeadPlan
@@ -40,7 +33,7 @@ STARTS = 2  # attempts at one replacement
 
 
 class ScoredCall(NamedTuple):
-    """rows: columns of scoring_plan.ROW_COLUMNS; inputs, answer.logps and any answer.sketches are in their order."""
+    """rows: columns of rows.ROW_COLUMNS; inputs, answer.logps and any answer.sketches are in their order."""
 
     rows: pl.DataFrame
     inputs: list[Row]

@@ -1,8 +1,7 @@
 """vLLM as an offline scorer and sampler: token ids in, log-probs or token ids out.
 
-This and vllm_backends.py alone import vllm. They run inside the child process of engine_process.py; inputs were
-validated before they came here, because one bad row fails a whole vLLM call and an id beyond the embeddings makes the
-next call hang.
+The only module that imports vllm. It runs inside the child process of process.py; inputs were validated before they
+came here, because one bad row fails a whole vLLM call and an id beyond the embeddings makes the next call hang.
 """
 
 import os
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vllm import EngineArgs, SamplingParams
+from vllm import EngineArgs, PoolingParams, SamplingParams
+from vllm.config import PoolerConfig
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -19,13 +19,11 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from pipeline.engine.answers import complete, prompt_salt
 from pipeline.engine.backends import BACKENDS
-from pipeline.engine.rows import EngineLength
+from pipeline.engine.rows import EngineLength, Row
 from pipeline.params import ScoreParams
 from pipeline.sketches.head_plan import HeadPlan, HeadSketch
 
 OnFinished = Callable[[int, int], None]  # rows and tokens that finished since the last call
-Row = tuple[np.ndarray, np.ndarray]  # prompt ids and response ids, int32
-
 CPU_BLOCK_TOKENS = 32  # vLLM's smallest on CPU; its default of 128 would share nothing of shorter prompts
 
 
@@ -37,7 +35,7 @@ def on_cpu() -> bool:
 class VLLMEngine:
     """One model in one in-process vLLM engine. Not safe to use again after any exception: discard the process.
 
-    backend: how log-probs are read, a key of vllm_backends.BACKENDS. sampling: whether `generate` will be called.
+    backend: how log-probs are read, a key of backends.BACKENDS. sampling: whether `generate` will be called.
     plan: of the sketches that `score` can be asked for.
     """
 
@@ -53,7 +51,7 @@ class VLLMEngine:
         plan: HeadPlan | None = None,
     ) -> None:
         if length.beyond_limit:
-            os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # safe by one; see scoring_plan.engine_length
+            os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # safe by one; see rows.engine_length
         self.backend = BACKENDS[backend](model, trust_remote_code=trust_remote_code, plan=plan)
         arguments = {
             "model": str(model),
@@ -72,7 +70,13 @@ class VLLMEngine:
             "gpu_memory_utilization": params.gpu_memory_utilization,  # on CPU cpu_kv_cache_gib takes its place
         }
         budget = _sampling_budget if sampling else self.backend.step_budget
-        arguments |= budget(params.max_num_batched_tokens, length.max_model_len) | self.backend.engine_arguments()
+        arguments |= budget(params.max_num_batched_tokens, length.max_model_len)
+        if self.backend.pooling_task is None:
+            # The model's own generation_config would change temperature and top_p behind our back.
+            arguments["generation_config"] = "vllm"
+        else:
+            pooler = PoolerConfig(task=self.backend.pooling_task)
+            arguments |= {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self.block_size = self.engine.vllm_config.cache_config.block_size
         self._requests = self._passes = 0
@@ -80,7 +84,7 @@ class VLLMEngine:
     def score(
         self, rows: Sequence[Row], on_finished: OnFinished, *, sketched: Sequence[bool] | None = None
     ) -> tuple[list[np.ndarray], int, int, list[HeadSketch | None]]:
-        """The fields of engine_process.Scored. sketched: whether a row's head gradient is wanted as well; None: none.
+        """The fields of process.Scored. sketched: whether a row's head gradient is wanted as well; None: none.
 
         A response whose beginning another one computed has its log-probs from there; a sketch, a sum over all tokens,
         can't be put together so, and the row is computed alone.
@@ -112,7 +116,7 @@ class VLLMEngine:
                     prompt_token_ids=[*prompt.tolist(), *response.tolist()],
                     cache_salt=f"{self._passes}-{prompt_salt(prompt)}",
                 ),
-                self.backend.request(prompt, response, share=share and self.backend.may_share(prompt)),
+                self._request(prompt, response, share=share and self.backend.may_share(prompt)),
             )
             for prompt, response in rows
         ]
@@ -130,6 +134,12 @@ class VLLMEngine:
             if on_finished is not None:
                 on_finished(1, len(prompt) + len(response))
         return tails, sketches, shared
+
+    def _request(self, prompt: np.ndarray, response: np.ndarray, *, share: bool) -> SamplingParams | PoolingParams:
+        options = self.backend.request(prompt, response) | {"skip_reading_prefix_cache": not share}
+        if self.backend.pooling_task is None:
+            return SamplingParams(**options)
+        return PoolingParams(task=self.backend.pooling_task, **options)
 
     def generate(
         self,

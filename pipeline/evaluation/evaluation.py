@@ -1,6 +1,5 @@
 """Compare one policy with the reference on held-out pairs, and on answers that vLLM draws from the policy."""
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,13 +13,10 @@ from pipeline.data.tables import read_pairs, read_responses
 from pipeline.engine.process import EngineProcess, orderly_termination
 from pipeline.engine.rows import (
     EngineLength,
-    ModelLimits,
     calls,
-    check_rows,
     engine_length,
     engine_rows,
     longest_row,
-    model_limits,
     scoring_order,
     token_arrays,
 )
@@ -33,11 +29,14 @@ from pipeline.evaluation.metrics import (
     pair_metrics,
     reference_metrics,
 )
-from pipeline.evaluation.sampling import choose_prompts, loadable, stop_token_ids
-from pipeline.model.digests import reference_identity
+from pipeline.evaluation.sampling import choose_prompts, stop_token_ids
+from pipeline.files import write_json
+from pipeline.model.limits import ModelLimits, check_rows, model_limits
+from pipeline.model.merged_adapter import loadable
 from pipeline.model.tokenizer import open_tokenizer
 from pipeline.params import EvaluateParams, ScoreParams
 from pipeline.progress import progress_bar
+from pipeline.reference.identity import reference_identity
 from pipeline.workspace import log_file
 
 
@@ -98,8 +97,7 @@ def evaluate_policy(
     categories = category_metrics(values, test["category"].to_list(), beta=beta)
     if categories:
         content["categories"] = categories
-    metrics.parent.mkdir(parents=True, exist_ok=True)
-    metrics.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(metrics, content)
     return content
 
 

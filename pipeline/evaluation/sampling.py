@@ -1,20 +1,12 @@
 """Held-out prompts, the tokens that end an answer, and the folder that vLLM loads a policy from."""
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from pipeline.errors import RequestError
 from pipeline.model.tokenizer import open_tokenizer
-from pipeline.progress import activity
-from pipeline.workspace import scratch_folder
 
 
 def choose_prompts(responses: pl.DataFrame, count: int) -> pl.DataFrame:
@@ -55,44 +47,3 @@ def _eos_ids(file: Path) -> list[int]:
 def _tokenizer_eos(model: Path) -> set[int]:
     eos = open_tokenizer(model).eos_token_id if (model / "tokenizer_config.json").exists() else None
     return set() if eos is None else {eos}
-
-
-@contextmanager
-def loadable(policy: Path, reference_model: Path, *, trust_remote_code: bool = False) -> Iterator[Path]:
-    """The folder to load `policy` from: itself, or for a peft adapter a temporary merge with the reference model.
-
-    The merge is removed on leaving; one that a killed run left behind is removed on entering.
-    """
-    if not policy.is_dir():
-        raise RequestError(f"{policy} does not exist; it is written by `refcache train` (run `dvc repro train`).")
-    if not (policy / "adapter_config.json").exists():
-        yield policy
-        return
-    _remove_orphans()
-    merged = Path(tempfile.mkdtemp(prefix=f"merged-{os.getpid()}-", dir=scratch_folder()))
-    try:
-        with activity(f"merging {policy} into {reference_model}"):
-            _merge(policy, reference_model, merged, trust_remote_code=trust_remote_code)
-        yield merged
-    finally:
-        shutil.rmtree(merged, ignore_errors=True)
-
-
-def _remove_orphans() -> None:
-    for folder in scratch_folder().glob("merged-*-*"):
-        try:
-            os.kill(int(folder.name.split("-")[1]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
-        except (PermissionError, ValueError):
-            continue  # somebody else's, and alive
-
-
-def _merge(adapter: Path, base: Path, out: Path, *, trust_remote_code: bool) -> None:
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    # float32, so that the merge adds no rounding of its own; vLLM casts to score.dtype.
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(out)

@@ -6,14 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.forward.float32_products import add_mm, mm
+from pipeline.model.parts import causal_model
 
 # Bytes of float32 logits that exist at once where nobody says how many tokens that is.
 LOGIT_BYTES = 64 << 20
-
-
-def causal_model(model: nn.Module) -> nn.Module:
-    """The transformers model itself, out of its peft wrapper if it has one (peft injects its layers in place)."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class ChunkedHead(nn.Module):

@@ -14,10 +14,9 @@ from transformers.utils import is_liger_kernel_available
 
 from pipeline.errors import RequestError
 from pipeline.forward.flex_attention import FLEX
-from pipeline.forward.head import causal_model
 from pipeline.forward.layout import made_up, stand_in
 from pipeline.forward.logps import ResponseLogps, TokenBatch, collate, pack
-from pipeline.model.folders import has_dropout
+from pipeline.model.parts import causal_model, has_dropout
 from pipeline.params import LoopParams
 
 # How far from float32 kernels may be, as a share of the norm: so far, or so many times as far as what they replace.
@@ -80,7 +79,7 @@ def _flex_problem(model: nn.Module, layout: str, dtype: str) -> str | None:
         return "FlexAttention has gradients on CUDA alone, and there is no CUDA device"
     if has_dropout(model):
         return "the model has dropout, and FlexAttention has none"
-    return difference(model, use_flex, layout, dtype)
+    return fault_of(model, use_flex, layout, dtype)
 
 
 def _liger_problem(model: nn.Module, layout: str, dtype: str) -> str | None:
@@ -91,13 +90,13 @@ def _liger_problem(model: nn.Module, layout: str, dtype: str) -> str | None:
     # Liger puts its classes and functions into the architecture's own Python module, also if it fails half-way.
     architecture = vars(sys.modules[type(model).__module__])
     before = dict(architecture)
-    found = difference(model, use_liger, layout, dtype)
+    found = fault_of(model, use_liger, layout, dtype)
     if found is not None:
         architecture.update(before)
     return found
 
 
-def difference(model: nn.Module, change: Callable[[nn.Module], None], layout: str, dtype: str) -> str | None:
+def fault_of(model: nn.Module, change: Callable[[nn.Module], None], layout: str, dtype: str) -> str | None:
     """What is wrong with a stand-in of `model` after `change`, None if it answers as before but for rounding."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from pipeline.errors import RequestError
-from pipeline.forward.head import causal_model
 from pipeline.forward.logps import ResponseLogps, TokenBatch, collate, pack
 from pipeline.forward.prompt_groups import UnsupportedAttention, attend
+from pipeline.model.parts import causal_model
 
 ATTENTION = "refcache_prompt_groups"  # its name among transformers' attention implementations
 # Frequencies that change with the longest sequence at hand; a run has another one than each of its sequences.
@@ -54,7 +54,7 @@ def _problem(model: nn.Module) -> str | None:
     if rope & _LENGTH_DEPENDENT_ROPE:
         return f"its rotary frequencies ({', '.join(sorted(rope))}) depend on the longest sequence"
     try:
-        return _difference(stand_in(model))
+        return _fault_of(stand_in(model))
     except (
         UnsupportedAttention,
         AttributeError,
@@ -98,7 +98,7 @@ def _rope_types(parameters: Any) -> set[str]:
 
 
 @torch.no_grad()
-def _difference(model: nn.Module) -> str | None:
+def _fault_of(model: nn.Module) -> str | None:
     sequences, prompts = made_up()
     logps = ResponseLogps(model, None)
     padded = _in_order(logps, collate(sequences))

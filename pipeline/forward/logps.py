@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.forward.float32_products import use_float32_products
-from pipeline.forward.head import ChunkedHead, causal_model
+from pipeline.forward.head import ChunkedHead
 from pipeline.forward.prompt_groups import PromptGroups, positions
+from pipeline.model.parts import causal_model
 
 Tokens = Sequence[int] | np.ndarray
 

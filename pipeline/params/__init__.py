@@ -1,27 +1,23 @@
 """params.yaml as strict sections; a stage receives its own, never the whole file. No torch."""
 
-from pipeline.params.file import (
-    ColumnNames,
-    DemoParams,
-    EvaluateParams,
-    HubParams,
+from pipeline.params.data import ColumnNames, DemoParams, HubParams, ModelParams, PrepareParams, ScratchModel
+from pipeline.params.file import Params, load_params
+from pipeline.params.objectives import AnyVariant, AuxDPO
+from pipeline.params.scoring import EvaluateParams, ScoreParams, SketchParams
+from pipeline.params.training import (
     LastFraction,
     LoopParams,
     Lora,
     LoraShape,
-    ModelParams,
-    Params,
-    PrepareParams,
-    ScoreParams,
-    ScratchModel,
     SftParams,
-    SketchParams,
     Trainable,
     TrainParams,
     variant_loop,
 )
 
 __all__ = [
+    "AnyVariant",
+    "AuxDPO",
     "ColumnNames",
     "DemoParams",
     "EvaluateParams",
@@ -39,5 +35,6 @@ __all__ = [
     "SketchParams",
     "TrainParams",
     "Trainable",
+    "load_params",
     "variant_loop",
 ]

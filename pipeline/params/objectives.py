@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipeline.params.interval import INFINITY, Interval
+from pipeline.params.ranges import INFINITY, Interval
 
 Beta = Annotated[float, AfterValidator(Interval(0, INFINITY))]
-NonNegative = Annotated[float, AfterValidator(Interval(0, INFINITY, "[)"))]
+AtLeastZero = Annotated[float, AfterValidator(Interval(0, INFINITY, "[)"))]
 FlippedShare = Annotated[float, AfterValidator(Interval(0, 0.5, "[)"))]
 Exponent = Annotated[float, AfterValidator(Interval(0, 2, "[]"))]
 OverTokens = Literal["sum", "mean"]
@@ -90,14 +90,14 @@ class BPO(_Scaled):
 
 class DPONLL(_Scaled):
     objective: Literal["dpo_nll"]
-    weight: NonNegative = 1.0
+    weight: AtLeastZero = 1.0
     over_tokens: OverTokens = "sum"
     label_smoothing: FlippedShare = 0.0
 
 
 class DPOP(_Scaled):
     objective: Literal["dpop"]
-    penalty: NonNegative = 50.0
+    penalty: AtLeastZero = 50.0
 
 
 class MinorDPO(_Scaled):
@@ -187,15 +187,15 @@ class SFT(_ReferenceFree):
 
 class SLiC(_ReferenceFree):
     objective: Literal["slic"]
-    margin: NonNegative = 1.0
-    weight: NonNegative = 0.0
+    margin: AtLeastZero = 1.0
+    weight: AtLeastZero = 0.0
     over_tokens: OverTokens = "sum"
 
 
 class CPO(_ReferenceFree):
     objective: Literal["cpo"]
     beta: Beta = 0.1
-    weight: NonNegative = 1.0
+    weight: AtLeastZero = 1.0
     over_tokens: OverTokens = "sum"
     label_smoothing: FlippedShare = 0.0
 
@@ -203,7 +203,7 @@ class CPO(_ReferenceFree):
 class SimPO(_ReferenceFree):
     objective: Literal["simpo"]
     beta: Beta = 2.0
-    gamma: NonNegative = 1.0
+    gamma: AtLeastZero = 1.0
     label_smoothing: FlippedShare = 0.0
 
     @property
@@ -213,7 +213,7 @@ class SimPO(_ReferenceFree):
 
 class ORPO(_ReferenceFree):
     objective: Literal["orpo"]
-    weight: NonNegative = 0.1
+    weight: AtLeastZero = 0.1
 
     @property
     def needs_lengths(self) -> bool:
@@ -302,7 +302,7 @@ class AuxDPO(_Scaled):
     objective: Literal["auxdpo"]
     constraint: Literal["penalty", "projection", "batch"] = "penalty"
     null_weight: Annotated[float, AfterValidator(Interval(0, INFINITY))] = 1.0  # at 0 offsets fit the labels alone
-    ridge: NonNegative = 0.0
+    ridge: AtLeastZero = 0.0
     rank: Annotated[int, Field(ge=1)] = 256  # read for constraint: projection
     weights: Literal["responses", "sides"] = "responses"  # of the null space: a response once, or once a pair side
     centred: bool = True  # offsets enter the constraint less their prompt's mean, which no margin sees

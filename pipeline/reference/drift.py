@@ -1,9 +1,7 @@
 """Drift: how far the cached log-probs are from the trainer's own forward of the same reference weights."""
 
-import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,12 +10,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from cache import CacheLocked, Journal, Reference, open_reference
+from cache import CacheLocked, Journal, Reference
 from cache.identity import identity_digest
-from pipeline.engine.rows import engine_rows, scored_table
-from pipeline.model.digests import reference_identity
+from pipeline.engine.rows import Row, engine_rows, scored_table
+from pipeline.errors import RequestError
+from pipeline.files import write_json
 from pipeline.params import TrainParams
 from pipeline.progress import progress_bar
+from pipeline.reference.drift_statistics import drift_statistics, six_digits, worst_first
 from pipeline.reference.trainer_forward import TrainerForward
 from pipeline.workspace import trainer_forward_folder
 
@@ -45,7 +45,6 @@ def ensure_drift(
     train.drift_tolerance's default. rescored: keys of the cached rows that hold transformers' float32 values. The
     forward by transformers is repeated only for rows that are new in the sample, or for another trainer's dtype.
     """
-    file = out / FILE
     before = read_drift(out) or {}
     sample = choose_sample(responses, sample_size)
     keys = sample["response_key"].to_list()
@@ -70,21 +69,8 @@ def ensure_drift(
     content["rescored"] = {"rows": len(rescored), "keys": keys_digest(rescored)}
     content |= {"sequences": measured["sequences"], "rescored_keys": sorted(key.hex() for key in rescored)}
     if content != before:
-        # A new file and a rename: the old one may be a hard link into DVC's own store.
-        temporary = file.with_suffix(".json.partial")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, file)
+        write_json(out / FILE, content)
     return content
-
-
-def open_for_model(path: Path, model: Path) -> Reference:
-    """The reference cache at `path`, if it holds the answers of these very weights, of whatever engine and dtype.
-
-    Raises as `open_reference`, CacheMismatch naming the field where weights or config differ.
-    """
-    found = open_reference(path, expect=None).identity
-    ours = reference_identity(model, dtype=found.dtype, quantization=found.quantization)
-    return open_reference(path, expect=dataclasses.replace(found, weights=ours.weights, config=ours.config))
 
 
 def read_drift(out: Path) -> dict[str, Any] | None:
@@ -135,38 +121,6 @@ def choose_sample(responses: pl.DataFrame | pl.LazyFrame, size: int) -> pl.DataF
     return keys.to_frame().join(rows, on="response_key", how="left", maintain_order="left")
 
 
-def drift_statistics(cached: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Absolute differences in nats, per token and per sequence (of the sums), as max, mean and 99th percentile.
-
-    cached, own: one array of token log-probs a response, of equal lengths.
-    """
-    differences = [difference(a, b) for a, b in zip(cached, own, strict=True)]
-    per_token = np.abs(np.concatenate(differences))
-    per_sequence = np.abs([one.sum() for one in differences])
-    return {
-        "responses": len(differences),
-        "tokens": len(per_token),
-        "per_token": _spread(per_token),
-        "per_sequence": _spread(per_sequence),
-    }
-
-
-def worst_first(keys: Sequence[bytes], cached: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-    """One {"response_key" (hex), "n_tokens", "drift" (nats)} a response, largest drift first, ties by key."""
-    rows = [
-        {"response_key": key.hex(), "n_tokens": len(a), "drift": six_digits(abs(difference(a, b).sum()))}
-        for key, a, b in zip(keys, cached, own, strict=True)
-    ]
-    return sorted(rows, key=lambda row: (-row["drift"], row["response_key"]))
-
-
-def difference(cached: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """cached - own in float64; ValueError where the lengths differ, which numpy would broadcast for a single token."""
-    if cached.shape != own.shape:
-        raise ValueError(f"{len(cached)} cached token log-probs, but the trainer's forward gave {len(own)}")
-    return cached.astype(np.float64) - own.astype(np.float64)
-
-
 def typical_margin(pairs: pl.DataFrame, reference: Reference) -> float:
     """Median over pairs of |sum log p(chosen) - sum log p(rejected)| under the reference, nats; 0 for no pairs.
 
@@ -205,7 +159,7 @@ def trainer_logps(
 
 
 def transformers_logps(
-    model: Path, rows: Sequence[tuple[np.ndarray, np.ndarray]], dtype: str, *, trust_remote_code: bool = False
+    model: Path, rows: Sequence[Row], dtype: str, *, trust_remote_code: bool = False
 ) -> list[np.ndarray]:
     """Token log-probs of each response as the trainer computes them: one float32 array (response length,) a row."""
     forward = TrainerForward(model, dtype, trust_remote_code=trust_remote_code)
@@ -218,11 +172,31 @@ def transformers_logps(
     return found
 
 
-def _spread(values: np.ndarray) -> dict[str, float]:
-    spread = {"max": values.max(), "mean": values.mean(), "p99": np.quantile(values, 0.99)}
-    return {name: six_digits(value) for name, value in spread.items()}
-
-
-def six_digits(value: float) -> float:
-    """More digits would only say in which order the machine added."""
-    return float(f"{value:.6g}")
+def check_drift(reference: Reference, *, dtype: str, tolerance: float) -> None:
+    """Refuse a cache whose values differ from the trainer's own by more than `tolerance` nats a sequence (p99)."""
+    file = reference.path / FILE
+    drift = read_drift(reference.path)
+    if drift is None:
+        raise RequestError(
+            f"{file} is missing: the distance between cache and trainer is unknown. Run `dvc repro score`."
+        )
+    if drift["trainer_dtype"] != dtype:
+        raise RequestError(
+            f"{file} was measured against a trainer in {drift['trainer_dtype']}, but this run trains in {dtype}. "
+            "The drift in that dtype is unknown; set train.dtype, which score measures in, and run `dvc repro score`."
+        )
+    sampled = drift.get("sequences", [])
+    keys = [bytes.fromhex(row["response_key"]) for row in sampled]
+    if sampled and values_digest(reference, keys) != drift["values"]:
+        raise RequestError(
+            f"{file} was measured on other values than {reference.path} holds now. "
+            "The drift of these is unknown; run `dvc repro -f score`, which measures it and scores nothing twice."
+        )
+    if not drift["per_sequence"]["p99"] <= tolerance:  # NaN is refused too
+        flagged = f", {count_flagged(sampled, tolerance)} of {len(sampled)} sampled rows above it" if sampled else ""
+        raise RequestError(
+            f"{file}: cache and trainer differ by {drift['per_sequence']['p99']:.3g} nats a sequence (p99), "
+            f"train.drift_tolerance allows {tolerance:g}{flagged}. Log-ratios would start off zero by that much. "
+            f"`refcache verify {reference.path} --drift --repair` scores the rows above it anew with transformers in "
+            "float32; or score in float32 (score.dtype) and run `dvc repro score`, or raise the tolerance knowingly."
+        )

@@ -1,5 +1,6 @@
-"""Drift statistics in one pass and constant memory, however many tokens there are."""
+"""How far two sets of log-probs are apart: of all rows at once, or in one pass and constant memory."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ class DriftTally:
         return drift
 
     def statistics(self) -> dict[str, Any]:
-        """The entries of `drift.drift_statistics`; all zero without rows."""
+        """The entries of `drift_statistics`; all zero without rows."""
         return {
             "responses": self._sequences.count,
             "tokens": self._tokens.count,
@@ -55,3 +56,45 @@ class _Spread:
             return 0.0
         place = int(np.searchsorted(self._bins.cumsum(), share * self.count))
         return min(self._max, SMALLEST * 10 ** (place / BINS_PER_DECADE)) if place else 0.0
+
+
+def drift_statistics(cached: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Absolute differences in nats, per token and per sequence (of the sums), as max, mean and 99th percentile.
+
+    cached, own: one array of token log-probs a response, of equal lengths.
+    """
+    differences = [difference(a, b) for a, b in zip(cached, own, strict=True)]
+    per_token = np.abs(np.concatenate(differences))
+    per_sequence = np.abs([one.sum() for one in differences])
+    return {
+        "responses": len(differences),
+        "tokens": len(per_token),
+        "per_token": _spread(per_token),
+        "per_sequence": _spread(per_sequence),
+    }
+
+
+def worst_first(keys: Sequence[bytes], cached: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """One {"response_key" (hex), "n_tokens", "drift" (nats)} a response, largest drift first, ties by key."""
+    rows = [
+        {"response_key": key.hex(), "n_tokens": len(a), "drift": six_digits(abs(difference(a, b).sum()))}
+        for key, a, b in zip(keys, cached, own, strict=True)
+    ]
+    return sorted(rows, key=lambda row: (-row["drift"], row["response_key"]))
+
+
+def difference(cached: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """cached - own in float64; ValueError where the lengths differ, which numpy would broadcast for a single token."""
+    if cached.shape != own.shape:
+        raise ValueError(f"{len(cached)} cached token log-probs, but the trainer's forward gave {len(own)}")
+    return cached.astype(np.float64) - own.astype(np.float64)
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    spread = {"max": values.max(), "mean": values.mean(), "p99": np.quantile(values, 0.99)}
+    return {name: six_digits(value) for name, value in spread.items()}
+
+
+def six_digits(value: float) -> float:
+    """More digits would only say in which order the machine added."""
+    return float(f"{value:.6g}")

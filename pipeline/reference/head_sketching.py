@@ -17,20 +17,14 @@ from cache import Journal, SketchIdentity
 from cache.identity import record_identity
 from cache.sketches import AUDIT, ENGINE, canonical_json, sketches_table
 from pipeline.engine.process import orderly_termination
-from pipeline.engine.rows import SKETCHED, calls, model_limits, row_tokens, scoring_order
+from pipeline.engine.rows import SKETCHED, calls, row_tokens, scoring_order
 from pipeline.engine.supervision import ScoredCall, SupervisedEngine
 from pipeline.errors import RunFailed
+from pipeline.model.limits import model_limits
 from pipeline.params import ScoreParams, SketchParams
 from pipeline.progress import progress_bar
-from pipeline.sketches.head_plan import HeadPlan
+from pipeline.sketches.head_plan import HEAD, HEAD_PART, HeadPlan
 from pipeline.workspace import sketch_journal_folder
-
-# Names of the one group, and with it of the column. A tied weight has another part of its gradient as embeddings.
-HEAD, HEAD_PART = "head", "head_part"
-HEAD_PART_ONLY = (
-    "The output head shares its weight with the embeddings. The engine sketches the head's part of the gradient only, "
-    "which no `trainable` has by itself; AuxDPO refuses it. It is good for data analysis."
-)
 
 
 class HeadSketches(NamedTuple):

@@ -1,18 +1,25 @@
-"""From the journals and what is published already to a new publication of exactly the rows that the pairs need."""
+"""From the journals and what is published already to a new publication of exactly the rows that the pairs need.
+
+Rows that transformers scored again in float32 take precedence over the engine's, on every machine: their journal lies
+outside DVC's outputs and does not travel with a clone; drift.json does, and names them.
+"""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from cache import (
+    Journal,
     Keys,
     KeySet,
+    Reference,
     RowSource,
     StoredRows,
     publish_rows,
 )
 from cache.identity import Identity
 from cache.repair import listed_shards, sound_part
+from pipeline.reference.drift import read_drift
 from pipeline.workspace import scratch_folder
 
 
@@ -38,3 +45,26 @@ def publish_needed(out: Path, keys: Keys, sources: Sequence[RowSource], identity
     """Publish the rows of exactly `keys`, each from the first of `sources` that has it (see cache.publish_rows)."""
     wanted = keys if isinstance(keys, KeySet) else KeySet(keys)
     publish_rows(out, wanted, sources, identity, scratch=scratch_folder())
+
+
+_ROWS_PER_FRAME = 2000
+
+
+def recorded_rows(out: Path, reference_id: str) -> set[bytes]:
+    """Keys of the rows published at `out` that drift.json says were rescored; none if it is of another reference."""
+    content = read_drift(out) or {}
+    if content.get("reference_id") != reference_id:
+        return set()
+    return {bytes.fromhex(key) for key in content.get("rescored_keys", [])}
+
+
+def adopt(keys: Collection[bytes], journal: Journal, published: Reference) -> None:
+    """Copy those of `keys` that `published` has and the journal of rescored rows lacks from the one to the other.
+
+    In a clone that scored this reference itself, the engine's journalled rows would otherwise come back.
+    """
+    wanted = sorted(set(keys) - journal.keys())
+    absent = set(published.missing(wanted))
+    wanted = [key for key in wanted if key not in absent]
+    for start in range(0, len(wanted), _ROWS_PER_FRAME):
+        journal.append(published.rows(wanted[start : start + _ROWS_PER_FRAME]).to_arrow())

@@ -1,6 +1,5 @@
 """Fill the reference cache: find what is missing, score it with vLLM, journal every call, publish, measure drift."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,26 +13,17 @@ from cache import Journal, ReferenceIdentity, open_reference
 from cache.identity import record_identity
 from pipeline.data.tables import read_pairs, read_responses
 from pipeline.engine.process import orderly_termination
-from pipeline.engine.rows import (
-    ROW_COLUMNS,
-    SKETCHED,
-    BadRow,
-    bad_rows,
-    calls,
-    model_limits,
-    row_tokens,
-    scored_table,
-    scoring_order,
-)
+from pipeline.engine.rows import ROW_COLUMNS, SKETCHED, calls, row_tokens, scored_table, scoring_order
 from pipeline.engine.supervision import Quarantined, SupervisedEngine
 from pipeline.errors import RequestError
-from pipeline.model.digests import reference_identity
+from pipeline.files import write_json
+from pipeline.model.limits import UnscorableRow, bad_rows, model_limits
 from pipeline.params import ScoreParams, SketchParams
 from pipeline.progress import activity, progress_bar
 from pipeline.reference import drift
 from pipeline.reference.head_sketching import HeadSketches, head_journal, head_sketches
-from pipeline.reference.publication import publish_needed, sound_reference
-from pipeline.reference.rescored import adopt, recorded_rows
+from pipeline.reference.identity import reference_identity
+from pipeline.reference.publication import adopt, publish_needed, recorded_rows, sound_reference
 from pipeline.reference.unscorable import announce, refuse
 from pipeline.workspace import journal_folder, rescored_folder
 
@@ -55,7 +45,7 @@ class _Work:
     restarts: int = 0
     sketched: int = 0
     backend: str | None = None
-    bad: Sequence[BadRow] = ()
+    bad: Sequence[UnscorableRow] = ()
     quarantined: Sequence[Quarantined] = ()
 
 
@@ -206,6 +196,5 @@ def _write_metrics(
         "identity": identity.to_dict(),
         "drift": drift.summary(measured),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(file, content)
     return content

@@ -1,6 +1,5 @@
 """Fill the sketches: find what is missing, take its gradients batch by batch, journal every batch, publish."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,14 +14,17 @@ from cache import Journal, KeySet, SketchIdentity, locate, open_sketches, publis
 from cache.identity import record_identity
 from cache.sketches import AUDIT, NONE, sketches_table
 from pipeline.data.tables import scan_responses
-from pipeline.engine.rows import ROW_COLUMNS, check_rows, model_limits, row_tokens
+from pipeline.engine.rows import ROW_COLUMNS, row_tokens
 from pipeline.errors import RequestError
+from pipeline.files import write_json
 from pipeline.model.digests import config_digest, weights_digest
+from pipeline.model.limits import check_rows, model_limits
 from pipeline.params import ScoreParams, SketchParams, Trainable
 from pipeline.progress import activity, progress_bar
-from pipeline.reference.head_sketching import HEAD_PART_ONLY, HeadSketches, head_sketches, sketch_by_engine
+from pipeline.reference.head_sketching import HeadSketches, head_sketches, sketch_by_engine
 from pipeline.reference.publication import publish_needed, sound_reference
 from pipeline.reference.sketch_ranks import RankJob, Sequences, sketch_on_ranks
+from pipeline.sketches.head_plan import HEAD_PART_ONLY
 from pipeline.workspace import sketch_journal_folder
 
 if TYPE_CHECKING:
@@ -84,7 +86,9 @@ def sketch_responses(
     if params.mode == NONE:
         identity = SketchIdentity(mode=params.mode)
         publish_reference(out, identity.kind.schema.empty_table(), identity)
-        return _write(metrics, {"mode": params.mode, "responses": 0, "rows_sketched": 0})
+        content: dict[str, Any] = {"mode": params.mode, "responses": 0, "rows_sketched": 0}
+        write_json(metrics, content)
+        return content
     responses = scan_responses(pairs).filter(pl.col("split") == "train").select(ROW_COLUMNS).collect()
     if responses.is_empty():
         raise RequestError(f"{pairs} has no training responses to sketch. Add pairs, or lower prepare.test_share.")
@@ -100,7 +104,9 @@ def sketch_responses(
         missing = responses.filter(locate(responses["response_key"], absent.array) >= 0)
         work = sketch(missing, journal) if len(missing) else _Work()
         publish_needed(out, needed, [journal, *([published] if published else [])], identity)
-    return _write(metrics, _summary(out, identity, responses, work))
+    content = _summary(out, identity, responses, work)
+    write_json(metrics, content)
+    return content
 
 
 def _source(
@@ -188,9 +194,3 @@ def _summary(out: Path, identity: SketchIdentity, responses: pl.DataFrame, work:
         "reference_id": identity.reference_id,
         "identity": identity.to_dict(),
     }
-
-
-def _write(file: Path, content: dict[str, Any]) -> dict[str, Any]:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n")
-    return content

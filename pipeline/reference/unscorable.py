@@ -7,9 +7,9 @@ from pathlib import Path
 import polars as pl
 
 from pipeline.data.tables import read_pairs
-from pipeline.engine.rows import BadRow
 from pipeline.engine.supervision import Quarantined
 from pipeline.errors import RequestError, RunFailed
+from pipeline.model.limits import UnscorableRow
 from pipeline.workspace import log_file
 
 _NAMED_AT_ONCE = 20
@@ -17,14 +17,14 @@ _NAMED_IN_THE_END = 3
 _LINES = 3  # of the input, for one response
 
 
-def announce(bad: Sequence[BadRow], pairs: Path) -> None:
+def announce(bad: Sequence[UnscorableRow], pairs: Path) -> None:
     """Name the rows on stderr before the others are scored, so that nobody waits hours to hear of them."""
     named = _named([(row.key, row.problem) for row in bad], pairs)
     print("\n".join(_some(named, _NAMED_AT_ONCE)), file=sys.stderr, flush=True)
 
 
 def refuse(
-    bad: Sequence[BadRow], quarantined: Sequence[Quarantined], *, pairs: Path, out: Path, total: int, model: Path
+    bad: Sequence[UnscorableRow], quarantined: Sequence[Quarantined], *, pairs: Path, out: Path, total: int, model: Path
 ) -> None:
     """Raise where rows are left that can't be scored: RunFailed for quarantined ones, else RequestError for bad ones.
 

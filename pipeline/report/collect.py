@@ -20,6 +20,7 @@ from urllib.parse import quote
 import polars as pl
 
 from pipeline.errors import RequestError
+from pipeline.files import write_json, write_text
 from pipeline.report.page import render_page
 
 Figures = dict[str, Any]  # parsed JSON
@@ -112,11 +113,10 @@ def write_report(
             "sft metrics": _relative(sft, out),
         },
     )
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _write(out / "summary.json", text)
-    _write(out / "curves.tsv", curves.write_csv(separator="\t"))
-    return _write(out / "index.html", page)  # last: it means that the other two are there
+    write_json(out / "summary.json", summary, indent=2)
+    write_text(out / "curves.tsv", curves.write_csv(separator="\t"))
+    write_text(out / "index.html", page)  # last: it means that the other two are there
+    return out / "index.html"
 
 
 def read_cells(results: Path, variants: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
@@ -285,10 +285,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return value
-
-
-def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path

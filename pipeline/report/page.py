@@ -17,7 +17,7 @@ from pipeline.report.drawings import (
     thin,
 )
 from pipeline.report.numbers import FILTERS
-from pipeline.report.vega_bundle import vega_bundle
+from pipeline.report.vega import vega_bundle
 
 # Columns of the results table: name among a variant's evaluation figures, name among the reference's, heading, format.
 RESULTS = (

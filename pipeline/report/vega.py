@@ -7,10 +7,11 @@ DVC fills the template with str.replace (dvc_render/html.py), so the braces of C
 """
 
 import argparse
-import os
+import re
+from functools import cache
 from pathlib import Path
 
-from pipeline.report.vega_bundle import vega_bundle
+from pipeline.files import write_text
 
 # {refresh_tag} and {plot_divs} are DVC's; {scripts}, which would bring the CDN, is left out on purpose.
 PAGE = """<!DOCTYPE html>
@@ -45,10 +46,7 @@ window.vegaEmbed = (place, { $schema, ...spec }) => embed(place, spec, { mode: "
 
 def write_plots_page(path: Path) -> Path:
     """Write the template (about 0.9 MB) to `path`, atomically; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(PAGE.replace("@BUNDLE@", vega_bundle()), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, PAGE.replace("@BUNDLE@", vega_bundle()))
     return path
 
 
@@ -60,3 +58,19 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+@cache  # building it takes seconds
+def vega_bundle() -> str:
+    """Vega, Vega-Lite and vega-embed (about 0.9 MB) as one script that sets window.vega, vegaLite and vegaEmbed.
+
+    The newest versions that vl-convert carries; safe inside a script element.
+    """
+    import vl_convert
+
+    return escape_script(vl_convert.javascript_bundle())
+
+
+def escape_script(code: str) -> str:
+    """`code` without what ends or confuses an HTML script element; it means the same in JS strings and regexes."""
+    return re.sub(r"<(?=/script|script|!--)", r"\\x3C", code, flags=re.IGNORECASE)

@@ -1,14 +1,10 @@
 """Run a training job on its ranks and publish what they made.
 
-The stage itself holds no model: it writes a job file, starts the ranks (processes.py), follows history.tsv, and
-moves the results to their outputs only when every rank has ended well. Where torchrun or srun started this process as
-a rank, it trains itself, and rank 0 does the stage's part too. DVC deletes a stage's outputs before it runs, so
-whatever must survive a kill lives in a work folder outside them, named by a digest of everything that determines the
-run.
+The stage itself holds no model: it writes a job file, starts the ranks (processes.py), follows history.tsv, and moves
+the results to their outputs only when every rank has ended well. Where torchrun or srun started this process as
+a rank, it trains itself, and rank 0 does the stage's part too.
 """
 
-import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -16,70 +12,22 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RequestError, RunFailed
+from pipeline.files import write_json
 from pipeline.params import LoopParams
 from pipeline.runs.processes import hostfile, running_ranks
 from pipeline.runs.progress_line import training_progress
 from pipeline.runs.rank_notes import culprits
 from pipeline.runs.started import StartedRank, require_ranks, started_rank
+from pipeline.runs.work_folder import division_of, other_divisions, sole_run
 from pipeline.training.batches import steps_for
 from pipeline.training.checkpoints import complete_checkpoints, drop_unsound
-from pipeline.training.history import last_row
-from pipeline.training.record import EVALUATIONS, HISTORY
-from pipeline.workspace import workspace
-
-# Settings that may change between a run and its continuation.
-_NOT_IN_DIGEST = {
-    "checkpoint_every",
-    "keep_checkpoints",
-    "logps_chunk_tokens",
-    "activation_checkpointing",
-    "drift_tolerance",
-}
-# How checkpoints are divided into files; see _layout.
-_LAYOUT = ("ranks", "zero_stage", "optimizer_offload")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What the ranks do, as the job file carries it. `loop` is a LoopParams dump; `settings` is the task's own."""
-
-    kind: str  # "sft" or "preferences"
-    title: str  # what people call this run
-    paths: dict[str, str]
-    loop: dict[str, Any]
-    settings: dict[str, Any]
-    seed: int
-    log_to: tuple[str, ...] = ()  # trackers
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
-
-
-def work_folder(job: Job, *content: str) -> Path:
-    """The folder that a run and its resumption share. content: digests of all inputs."""
-    left_out = _NOT_IN_DIGEST.union(_LAYOUT)
-    loop, settings = (
-        {key: value for key, value in part.items() if key not in left_out} for part in (job.loop, job.settings)
-    )
-    identity = json.dumps([job.kind, loop, settings, job.seed, *content], sort_keys=True)
-    digest = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-    return workspace() / "training" / f"{job.kind}-{digest}-{_layout(job.loop)}"
-
-
-def _layout(loop: dict[str, Any]) -> str:
-    """Which checkpoints a run can go on from. Without ZeRO every rank holds all, so their number doesn't matter."""
-    if loop["zero_stage"] == 0 and loop["dtype"] == "float32":
-        return "zero0"
-    return f"zero{loop['zero_stage']}-ranks{loop['ranks']}" + ("-offload" if loop["optimizer_offload"] else "")
+from pipeline.training.job import ERROR, HEARTBEAT, JOB, SUMMARY, Job
+from pipeline.training.record import EVALUATIONS, HISTORY, last_row
 
 
 def require_steps(loop: LoopParams, n_examples: int, section: str) -> None:
@@ -102,7 +50,7 @@ def launch(job: Job, work: Path, *, loop: LoopParams, n_examples: int) -> dict[s
     started = started_rank()
     if started is None:
         hostfile(loop.ranks)
-        with _sole_run(work):
+        with sole_run(work):
             _prepare(job, work)
             return _run_ranks(job, work, loop=loop, steps=steps)
     require_ranks(started, loop.ranks)
@@ -110,11 +58,11 @@ def launch(job: Job, work: Path, *, loop: LoopParams, n_examples: int) -> dict[s
 
 
 def _take_part(job: Job, work: Path, started: StartedRank, *, steps: int) -> dict[str, Any] | None:
-    from pipeline.runs.worker import run_rank
+    from pipeline.training.rank import run_rank  # torch and DeepSpeed, which a stage does without
 
     if started.rank:
         return run_rank(job, work)  # meets rank 0 only when that has prepared the folder
-    with _sole_run(work):
+    with sole_run(work):
         _prepare(job, work)
         with training_progress(job.title, steps, work / HISTORY):
             return run_rank(job, work)
@@ -122,44 +70,33 @@ def _take_part(job: Job, work: Path, started: StartedRank, *, steps: int) -> dic
 
 def _prepare(job: Job, work: Path) -> None:
     """A folder that ranks can go on from; what was found on the way goes to stderr."""
-    for leftover in ("error.json", "summary.json"):
+    for leftover in (ERROR, SUMMARY):
         (work / leftover).unlink(missing_ok=True)
     shutil.rmtree(work / "ranks", ignore_errors=True)
     for message in drop_unsound(work / "checkpoints"):
         print(f"{job.title}: {message}", file=sys.stderr)
     if not complete_checkpoints(work / "checkpoints"):
-        for other in _other_layouts(work):
+        for other in other_divisions(work):
             print(
                 f"{job.title}: the same training has checkpoints up to step "
                 f"{complete_checkpoints(other / 'checkpoints')[-1]} in {other}, of another number of ranks or ZeRO "
-                f"stage ({_layout_of(other)}; this run: {_layout_of(work)}). Checkpoints are divided by these, so this "
-                "run begins anew. Set them back to go on with the other one, or remove its folder.",
+                f"stage ({division_of(other)}; this run: {division_of(work)}). Checkpoints are divided by these, so "
+                "this run begins anew. Set them back to go on with the other one, or remove its folder.",
                 file=sys.stderr,
             )
-    (work / "job.json").write_text(
-        json.dumps(asdict(job) | {"stage_pid": os.getpid(), "host": socket.gethostname()}, indent=1)
-    )
-
-
-def _layout_of(work: Path) -> str:
-    return work.name[work.name.rindex("zero") :]
-
-
-def _other_layouts(work: Path) -> list[Path]:
-    found = sorted(work.parent.glob(work.name.removesuffix(_layout_of(work)) + "zero*"))
-    return [folder for folder in found if folder != work and complete_checkpoints(folder / "checkpoints")]
+    write_json(work / JOB, asdict(job) | {"stage_pid": os.getpid(), "host": socket.gethostname()})
 
 
 def _run_ranks(job: Job, work: Path, *, loop: LoopParams, steps: int) -> dict[str, Any]:
     log = work / "ranks.log"
     with (
         training_progress(job.title, steps, work / HISTORY),
-        running_ranks(work / "job.json", loop.ranks, log) as ranks,
+        running_ranks(work / JOB, loop.ranks, log) as ranks,
     ):
         beats = 0
         while ranks.poll() is None:
             if beats % 25 == 0:  # ranks on other hosts can't look whether this process lives
-                (work / "heartbeat").write_text(str(beats))
+                (work / HEARTBEAT).write_text(str(beats))
             beats += 1
             time.sleep(0.2)
     return _outcome(work, ranks.returncode, log)
@@ -180,37 +117,16 @@ def publish(
     shutil.copyfile(work / HISTORY, history)
     if evaluations is not None:
         evaluations.write_text((work / EVALUATIONS).read_text() or "step\n")
-    unfinished = metrics.with_suffix(".json.partial")
-    unfinished.write_text(json.dumps(summary, indent=1) + "\n")
-    os.replace(unfinished, metrics)  # last: it means that model and history are there
+    write_json(metrics, summary)  # last: it means that model and history are there
     shutil.rmtree(work)
 
 
-@contextmanager
-def _sole_run(work: Path) -> Iterator[None]:
-    """Hold the folder's lock; the kernel drops it with this process. Ranks follow their stage within a second."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise RunFailed(
-                f"{work} is in use by another run of the same training (process {lock.read()}). "
-                "Wait for it or stop it, then run again."
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
-
-
 def _outcome(work: Path, returncode: int, log: Path) -> dict[str, Any]:
-    error = work / "error.json"
+    error = work / ERROR
     if error.exists():
         found = json.loads(error.read_text())
         raise {"RequestError": RequestError, "RunFailed": RunFailed}[found["kind"]](found["message"])
-    summary = work / "summary.json"
+    summary = work / SUMMARY
     if returncode == 0 and summary.exists():
         return json.loads(summary.read_text())
     steps = complete_checkpoints(work / "checkpoints")

@@ -22,8 +22,7 @@ from pipeline.forward.head import ChunkedHead
 from pipeline.forward.layout import ATTENTION
 from pipeline.forward.logps import ResponseLogps, TokenBatch
 from pipeline.model.trainable import select_trainable
-from pipeline.params import LoopParams, Trainable
-from pipeline.params.objectives import AnyVariant, AuxDPO
+from pipeline.params import AnyVariant, AuxDPO, LoopParams, Trainable
 from pipeline.training.batches import batch_indices, micro_batches, steps_for
 from pipeline.training.pairs import PairBatches
 
@@ -49,22 +48,6 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         return sum(self.parts.values())
-
-    def lines(self) -> list[str]:
-        """A table to print."""
-        shown = [*self.parts.items(), ("total on each rank", self.total)]
-        table = [f"{name:<26}{_size(size):>10}" for name, size in shown]
-        return [
-            f"{self.parameters:,} parameters, {self.trained:,} of them trained; largest micro-batch of a rank: "
-            f"{self.micro_batch_tokens:,} tokens ({self.layout})",
-            *table,
-            f"beside the ranks: {_size(STAGE_BYTES)} of the stage that started them",
-            f"not held: {_size(self.reference)} of reference weights, and a forward pass of them over every batch",
-        ]
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def plan_memory(

@@ -1,22 +1,22 @@
-"""Train one policy against the reference cache: what the `train` stage does. The ranks' side is preference_task.py."""
+"""Train one policy against the reference cache: what the `train` stage does. The ranks' side is in training/."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from cache import Reference, require_keys
+from cache import require_keys
 from pipeline.auxdpo.requirements import open_fitting, require_responses
 from pipeline.data.splitting import held_out_rows
 from pipeline.data.tables import PAIR_SIDES, scan_pairs
 from pipeline.errors import RequestError
-from pipeline.params import LoopParams, Trainable, TrainParams, variant_loop
-from pipeline.params.objectives import AnyVariant, AuxDPO
-from pipeline.reference.drift import FILE, count_flagged, open_for_model, values_digest
-from pipeline.runs.launch import Job, file_digest, launch, publish, require_steps, work_folder
-from pipeline.training.history import last_row
-from pipeline.training.record import EVALUATIONS
+from pipeline.params import AnyVariant, AuxDPO, LoopParams, Trainable, TrainParams, variant_loop
+from pipeline.reference.drift import check_drift
+from pipeline.reference.identity import open_for_model
+from pipeline.runs.launch import launch, publish, require_steps
+from pipeline.runs.work_folder import file_digest, work_folder
+from pipeline.training.job import Job
+from pipeline.training.record import EVALUATIONS, last_row
 from pipeline.training.trackers import require_trackers
 from pipeline.workspace import scratch_folder
 
@@ -95,7 +95,7 @@ def _fitting_sketches(sketches: Path | None, pairs: Path, objective: AuxDPO, **m
 
 
 def _task_settings(settings: TrainParams, objective: AnyVariant, trainable: Trainable) -> dict[str, Any]:
-    """What pipeline/training/preference_task.py is told beside the loop's parameters."""
+    """What training/preference_task.py is told beside the loop's parameters."""
     return {
         "objective": objective.objective,
         "hyperparameters": objective.hyperparameters(),
@@ -124,33 +124,3 @@ def _pairs_of_splits(pairs: Path, settings: TrainParams) -> tuple[int, pl.DataFr
 
 def _sides(pairs: Path, split: str) -> pl.DataFrame:
     return scan_pairs(pairs).filter(pl.col("split") == split).select(PAIR_SIDES).collect()
-
-
-def check_drift(reference: Reference, *, dtype: str, tolerance: float) -> None:
-    """Refuse a cache whose values differ from the trainer's own by more than `tolerance` nats a sequence (p99)."""
-    file = reference.path / FILE
-    if not file.exists():
-        raise RequestError(
-            f"{file} is missing: the distance between cache and trainer is unknown. Run `dvc repro score`."
-        )
-    drift = json.loads(file.read_text())
-    if drift["trainer_dtype"] != dtype:
-        raise RequestError(
-            f"{file} was measured against a trainer in {drift['trainer_dtype']}, but this run trains in {dtype}. "
-            "The drift in that dtype is unknown; set train.dtype, which score measures in, and run `dvc repro score`."
-        )
-    sampled = drift.get("sequences", [])
-    keys = [bytes.fromhex(row["response_key"]) for row in sampled]
-    if sampled and values_digest(reference, keys) != drift["values"]:
-        raise RequestError(
-            f"{file} was measured on other values than {reference.path} holds now. "
-            "The drift of these is unknown; run `dvc repro -f score`, which measures it and scores nothing twice."
-        )
-    if not drift["per_sequence"]["p99"] <= tolerance:  # NaN is refused too
-        flagged = f", {count_flagged(sampled, tolerance)} of {len(sampled)} sampled rows above it" if sampled else ""
-        raise RequestError(
-            f"{file}: cache and trainer differ by {drift['per_sequence']['p99']:.3g} nats a sequence (p99), "
-            f"train.drift_tolerance allows {tolerance:g}{flagged}. Log-ratios would start off zero by that much. "
-            f"`refcache verify {reference.path} --drift --repair` scores the rows above it anew with transformers in "
-            "float32; or score in float32 (score.dtype) and run `dvc repro score`, or raise the tolerance knowingly."
-        )

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.progress import PLAIN_INTERVAL
-from pipeline.training.history import last_row
+from pipeline.training.record import last_row
 
 # history column -> label; those that a run doesn't have are left out.
 _SHOWN = {

@@ -9,19 +9,20 @@ import os
 import socket
 from pathlib import Path
 
+from pipeline.files import write_json
+
 
 class RankNotes:
     """One rank's notes, in a folder that all ranks share."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self._ended = folder / f"{rank}.ended"
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / f"{rank}.started", {"pid": os.getpid(), "host": socket.gethostname()})
+        write_json(folder / f"{rank}.started", {"pid": os.getpid(), "host": socket.gethostname()})
 
     def ended(self, how: str, *, at_fault: bool) -> None:
         """at_fault: False for a rank that finished, or that was told to stop."""
         if not self._ended.exists():
-            _write(self._ended, {"how": how, "at_fault": at_fault})
+            write_json(self._ended, {"how": how, "at_fault": at_fault})
 
 
 def culprits(folder: Path) -> str:
@@ -39,9 +40,3 @@ def culprits(folder: Path) -> str:
         return ", ".join(killed)
     faults = sorted((note.stat().st_mtime_ns, rank, json.loads(note.read_text())) for rank, note in ended.items())
     return next((f"rank {rank} failed with {note['how']}" for _, rank, note in faults if note["at_fault"]), "")
-
-
-def _write(file: Path, content: dict[str, object]) -> None:
-    unfinished = file.with_suffix(".partial")
-    unfinished.write_text(json.dumps(content))
-    unfinished.replace(file)

@@ -1,14 +1,16 @@
-"""Supervised fine-tuning of the reference: what the `sft` stage does. The ranks' side is training/sft_task.py."""
+"""Supervised fine-tuning of the reference: what the `sft` stage does. The ranks' side is in training/."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.tables import read_sft
 from pipeline.errors import RequestError
+from pipeline.files import write_json, write_text
 from pipeline.params import ModelParams, SftParams
-from pipeline.runs.launch import Job, file_digest, launch, publish, require_steps, work_folder
-from pipeline.training.history import last_row
+from pipeline.runs.launch import launch, publish, require_steps
+from pipeline.runs.work_folder import file_digest, work_folder
+from pipeline.training.job import Job
+from pipeline.training.record import last_row
 
 
 def fine_tune(
@@ -43,13 +45,12 @@ def fine_tune(
 
 
 def _take_as_is(*, tokenizer: Path, out: Path, history: Path, metrics: Path, model: ModelParams) -> dict[str, Any]:
-    from pipeline.model.folders import initial_model, load_tokenizer, save_model
+    from pipeline.model.folders import initial_model, save_model
+    from pipeline.model.tokenizer import open_prepared_tokenizer
 
-    loaded = initial_model(model, load_tokenizer(tokenizer))
+    loaded = initial_model(model, open_prepared_tokenizer(tokenizer))
     save_model(loaded, loaded.state_dict(), tokenizer, out)
-    for path in (history, metrics):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    history.write_text("step\tepoch\tloss\tgrad_norm\tlr\ttokens_per_second\n")
+    write_text(history, "step\tepoch\tloss\tgrad_norm\tlr\ttokens_per_second\n")
     summary = {"steps": 0, "tokens": 0, "seconds": 0.0}
-    metrics.write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(metrics, summary)
     return summary

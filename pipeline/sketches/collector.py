@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import RequestError, RunFailed
-from pipeline.forward.head import ChunkedHead, causal_model
+from pipeline.forward.head import ChunkedHead
 from pipeline.forward.logps import TokenBatch, Tokens, collate
-from pipeline.sketches.groups import Layer, Layout, find_layout
+from pipeline.model.parts import causal_model
+from pipeline.sketches.groups import Layer, TrainedParts, find_trained
 from pipeline.sketches.head import log_prob_gradient
 from pipeline.sketches.sums import CHUNK_NUMBERS, Sums, by_tokens_is_cheaper, lookup_squared_norm, squared_norms
 
@@ -66,13 +67,15 @@ class GradientCollector:
     """Takes apart, by example, the gradient of each response's summed log-prob; a context manager.
 
     model: a transformers causal LM in which select_trainable has chosen what trains; inside the context its trainable
-    layers must not be used otherwise. make_sums: n -> the accumulators of one batch (see sketch_maths), the audit's
+    layers must not be used otherwise. make_sums: n -> the accumulators of one batch (see sums.py), the audit's
     last. Raises RequestError for modules that can't be sketched.
     """
 
-    def __init__(self, model: nn.Module, make_sums: Callable[[int], list[Sums]], layout: Layout | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, make_sums: Callable[[int], list[Sums]], parts: TrainedParts | None = None
+    ) -> None:
         self.model, self.make_sums = model, make_sums
-        self.layout = layout or find_layout(model)
+        self.parts = parts or find_trained(model)
         try:
             self.head = ChunkedHead(model, 1)  # for what it knows of the head: scale and soft cap
         except ValueError as error:
@@ -85,12 +88,12 @@ class GradientCollector:
         self._crossed: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> Self:
-        for layer in self.layout.layers:
+        for layer in self.parts.layers:
             layer.module.forward = _forward_of(layer, self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for layer in self.layout.layers:
+        for layer in self.parts.layers:
             del layer.module.forward  # the class's own is behind it
 
     def __call__(self, sequences: Sequence[tuple[Tokens, Tokens]]) -> Sketched:
@@ -111,11 +114,11 @@ class GradientCollector:
         return Sketched(values[0], *audit.values(), norms, sum_logp.cpu())
 
     def _check(self, hidden: Tensor) -> None:
-        wrong = [name for name, p in self.layout.parameters.items() if p.grad is not None]
-        for parameter in self.layout.parameters.values():
+        wrong = [name for name, p in self.parts.parameters.items() if p.grad is not None]
+        for parameter in self.parts.parameters.values():
             parameter.grad = None
-        for name in self.layout.parameters:
-            if self.visits[name] != 1 + (name == self.layout.tied):
+        for name in self.parts.parameters:
+            if self.visits[name] != 1 + (name == self.parts.tied):
                 wrong.append(name)
         if wrong:
             raise RunFailed(
@@ -130,7 +133,7 @@ class GradientCollector:
 
         One example's logits, (response tokens, vocabulary), exist at once.
         """
-        head, names = self.head, self.layout.head
+        head, names = self.head, self.parts.head
         sums = torch.zeros(self.n, dtype=torch.float64, device=hidden.device)
         gradient = torch.zeros_like(hidden)
         for row in range(self.n):
@@ -145,7 +148,7 @@ class GradientCollector:
                     self._bias(names["bias"], delta.sum(dim=0)[None], slice(row, row + 1))
                 if "weight" in names:
                     self._outer(names["weight"], delta[None], inputs.float()[None], row)
-                if self.layout.tied is not None:
+                if self.parts.tied is not None:
                     self._crossed.append((delta[:, batch.input_ids[row]], inputs.float()))
         self.visits.update(names.values())
         return sums, gradient
@@ -203,7 +206,7 @@ class GradientCollector:
             delta = delta * (ids != layer.module.padding_idx)[..., None]
         for row in range(self.n):
             self.squared[row] += lookup_squared_norm(ids[row], delta[row])
-            if name == self.layout.tied:
+            if name == self.parts.tied:
                 # One parameter with two uses: the norm of a sum has a cross term.
                 at_ids, inputs = self._crossed[row]
                 self.squared[row] += 2 * (at_ids * (inputs @ delta[row].T)).sum(dtype=torch.float64)

@@ -6,11 +6,10 @@ from typing import NamedTuple
 from torch import nn
 
 from pipeline.errors import RequestError
-from pipeline.forward.head import causal_model
-from pipeline.model.trainable import transformer_blocks
-from pipeline.sketches.hashes import canonical_name
+from pipeline.model.parts import canonical_name, causal_model, transformer_blocks
+from pipeline.sketches.head_plan import HEAD
 
-EMBEDDINGS, FINAL_NORM, HEAD, OTHER = "embeddings", "final_norm", "head", "other"
+EMBEDDINGS, FINAL_NORM, OTHER = "embeddings", "final_norm", "other"  # beside head_plan.HEAD and one for each block
 
 
 class Layer(NamedTuple):
@@ -20,7 +19,7 @@ class Layer(NamedTuple):
     names: dict[str, str]
 
 
-class Layout(NamedTuple):
+class TrainedParts(NamedTuple):
     """groups: of each trainable parameter by canonical name, in the model's order; layers: their modules but the head.
 
     head: of the output head, empty where it is frozen. tied: the name that head and embeddings share, or None.
@@ -33,7 +32,7 @@ class Layout(NamedTuple):
     tied: str | None
 
 
-def find_layout(model: nn.Module) -> Layout:
+def find_trained(model: nn.Module) -> TrainedParts:
     """What trains in a transformers causal LM (see select_trainable), by module and group.
 
     Raises RequestError naming every module with trainable parameters whose gradient can't be taken apart by example.
@@ -62,7 +61,7 @@ def find_layout(model: nn.Module) -> Layout:
             "Sketches know nn.Linear, nn.Embedding, RMSNorm and LayerNorm layers; choose a `trainable` without them "
             "(last_block, lora, ...)."
         )
-    return Layout(_groups(model, parameters), parameters, layers, head, tied)
+    return TrainedParts(_groups(model, parameters), parameters, layers, head, tied)
 
 
 def is_supported(module: nn.Module) -> bool:

@@ -24,11 +24,6 @@ SKETCH, AUDIT = "sketch", "audit"  # purposes: two independent families of hashe
 OUT, IN = "out", "in"  # axes: rows of a weight matrix, or the elements of a vector, are OUT; columns are IN
 
 
-def canonical_name(name: str) -> str:
-    """A parameter's name without what wraps the model: peft's prefix, and the name of its one adapter."""
-    return name.removeprefix("base_model.model.").replace(".default.", ".").replace(".base_layer.", ".")
-
-
 def hash_words(name: str, axis: str, size: int, *, seed: int, purpose: str) -> np.ndarray:
     """Words 0..size-1, uint64 (size,); a longer axis continues a shorter one."""
     message = HASH_VERSION.to_bytes(4, "little") + seed.to_bytes(8, "little", signed=True)

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.forward.head import ChunkedHead
-from pipeline.sketches.groups import HEAD
 from pipeline.sketches.hashes import AUDIT, SKETCH, hashes
-from pipeline.sketches.head_plan import HeadPlan, HeadSketch
+from pipeline.sketches.head_plan import HEAD, HeadPlan, HeadSketch
 from pipeline.sketches.sums import TensorSketchSums, by_tokens_is_cheaper, squared_norms
 
 _ONE = slice(0, 1)  # the one example of a call

@@ -4,6 +4,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Names of the one group, and with it of the column. A tied weight has another part of its gradient as embeddings.
+HEAD, HEAD_PART = "head", "head_part"
+HEAD_PART_ONLY = (
+    "The output head shares its weight with the embeddings. The engine sketches the head's part of the gradient only, "
+    "which no `trainable` has by itself; AuxDPO refuses it. It is good for data analysis."
+)
+
 
 class HeadPlan(NamedTuple):
     """Which sketches the engine takes. names: {attribute of the head: the parameter's canonical name}.

@@ -12,14 +12,13 @@ from torch import nn
 from cache import SketchIdentity
 from cache.sketches import canonical_json
 from pipeline.errors import RequestError
-from pipeline.forward.head import causal_model
 from pipeline.forward.logps import Tokens
 from pipeline.model.digests import config_digest, weights_digest
-from pipeline.model.folders import disable_dropout
+from pipeline.model.parts import causal_model, disable_dropout
 from pipeline.model.trainable import adapter_digest, select_trainable
 from pipeline.params import SketchParams, Trainable
 from pipeline.sketches.collector import GradientCollector, Sketched
-from pipeline.sketches.groups import Layout, find_layout
+from pipeline.sketches.groups import TrainedParts, find_trained
 from pipeline.sketches.hashes import AUDIT, HASH_VERSION, SKETCH, hashes
 from pipeline.sketches.sums import ExactSums, Sums, TensorSketchSums, exact_widths
 
@@ -36,14 +35,14 @@ class Sketcher:
     def __init__(self, model: nn.Module, params: SketchParams, trainable: Trainable) -> None:
         self.params, self.trainable = params, trainable
         self.model = disable_dropout(select_trainable(model, trainable)).eval()
-        self.layout = find_layout(self.model)
-        self.exact = _exact_shapes(self.layout) if params.mode == "exact" else None
+        self.parts = find_trained(self.model)
+        self.exact = _exact_shapes(self.parts) if params.mode == "exact" else None
         if params.activation_checkpointing:
             causal_model(self.model).gradient_checkpointing_enable({"use_reentrant": False})
             self.model.train()  # transformers checkpoints in training mode only
-        self.widths = dict.fromkeys(self.layout.groups.values(), params.k)
+        self.widths = dict.fromkeys(self.parts.groups.values(), params.k)
         if self.exact is not None:
-            self.widths = exact_widths(self.layout.groups, self.exact)
+            self.widths = exact_widths(self.parts.groups, self.exact)
             if sum(self.widths.values()) > LARGEST_EXACT:
                 raise RequestError(
                     f"sketch.mode: exact would store {sum(self.widths.values()):,} numbers a response, at most "
@@ -52,7 +51,7 @@ class Sketcher:
         device = next(self.model.parameters()).device
         make_hashes = partial(hashes, seed=params.seed, device=device)
         self._hashes = {SKETCH: make_hashes(params.k, purpose=SKETCH), AUDIT: make_hashes(params.audit, purpose=AUDIT)}
-        self._collector = GradientCollector(self.model, self._sums, self.layout)
+        self._collector = GradientCollector(self.model, self._sums, self.parts)
         self._device = device
 
     def identity(self, folder: Path) -> SketchIdentity:
@@ -85,7 +84,7 @@ class Sketcher:
         return self._collector(sequences)
 
     def _sums(self, n: int) -> list[Sums]:
-        groups, device = self.layout.groups, self._device
+        groups, device = self.parts.groups, self._device
         audit = TensorSketchSums(dict.fromkeys(groups, AUDIT), self.params.audit, self._hashes[AUDIT], n, device)
         if self.exact is not None:
             return [ExactSums(groups, self.exact, n, device), audit]
@@ -110,7 +109,7 @@ def load_sketcher(
     return Sketcher(model.to(device), params, trainable)
 
 
-def _exact_shapes(layout: Layout) -> dict[str, torch.Size]:
+def _exact_shapes(parts: TrainedParts) -> dict[str, torch.Size]:
     """Of the parameters that have a gradient: while a LoRA's B is zero, its A has none."""
-    zero = {n.replace(".lora_B.", ".lora_A.") for n, p in layout.parameters.items() if ".lora_B." in n and not p.any()}
-    return {name: parameter.shape for name, parameter in layout.parameters.items() if name not in zero}
+    zero = {n.replace(".lora_B.", ".lora_A.") for n, p in parts.parameters.items() if ".lora_B." in n and not p.any()}
+    return {name: parameter.shape for name, parameter in parts.parameters.items() if name not in zero}

@@ -14,7 +14,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cache.durable import sync_folder
+from cache.durable import sync_folder, write_durably
 
 
 def place(folder: Path, step: int) -> Path:
@@ -34,14 +34,7 @@ def seal(folder: Path, step: int) -> None:
         described = dict(zip(files, threads.map(_flushed, files.values()), strict=True))
     for inner in {file.parent for file in files.values()} | {place(folder, step)}:
         sync_folder(inner)
-    marker = _marker(folder, step)
-    unfinished = marker.with_suffix(".partial")
-    with unfinished.open("w") as file:
-        json.dump({"files": described}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(marker)
-    sync_folder(folder)
+    write_durably(_marker(folder, step), json.dumps({"files": described}, indent=1).encode())
 
 
 def drop_unsound(folder: Path) -> list[str]:

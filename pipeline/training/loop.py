@@ -4,11 +4,11 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import RunFailed
 from pipeline.params import LoopParams
@@ -26,7 +26,8 @@ class Task(Protocol):
 
     lengths: np.ndarray  # tokens of every example, (n_examples,)
     groups: np.ndarray  # of every example, (n_examples,); those of one group cost less in one micro-batch
-    layout: str  # of a forward (pipeline/forward/layout.py)
+    layout: str  # of a forward (forward/layout.py)
+    kernels: dict[str, str]  # which ones the model has, for the metrics
 
     def tokens(self, examples: np.ndarray) -> int:
         """Of one forward over these examples, in the layout at hand."""
@@ -69,6 +70,16 @@ class Companion(Protocol):
         """Write what people may want of it beside the finished model."""
 
 
+class TrainingRun(NamedTuple):
+    """What a task's `start` hands to the loop; model: what the engine trains, as it is to be saved."""
+
+    engine: Engine
+    task: Task
+    model: nn.Module
+    held_out: HeldOut | None = None
+    companion: Companion | None = None
+
+
 def learning_rate_at(step: int, *, steps: int, loop: LoopParams) -> float:
     """Linear warm-up, then the schedule down to zero; a pure function of the step, so that resuming needs no state."""
     warmup = math.ceil(loop.warmup_share * steps)
@@ -92,14 +103,11 @@ def micro_steps_for(loop: LoopParams) -> int:
 
 
 def run_loop(
-    engine: Engine,
-    task: Task,
+    run: TrainingRun,
     loop: LoopParams,
     *,
     seed: int,
     work: Path,
-    held_out: HeldOut | None = None,
-    companion: Companion | None = None,
     trackers: Callable[[int], Sequence[Tracker]] = lambda start: (),
 ) -> int:
     """Train to the end, from the newest checkpoint in `work` if there is one; returns the step it resumed from.
@@ -108,6 +116,7 @@ def run_loop(
     trackers, which it opens with the step it starts from. Raises RunFailed on a loss, gradient or weight that is not
     finite.
     """
+    engine, task, _, held_out, companion = run
     steps = steps_for(loop.epochs, len(task.lengths), loop.batch_size)
     checkpoints = work / "checkpoints"
     start = engine.load_newest_checkpoint(checkpoints)
@@ -117,7 +126,7 @@ def run_loop(
         RunRecord(work, start, saved=place(checkpoints, start), trackers=trackers(start)) if not engine.rank else None
     )
     for step in range(start, steps):
-        row = _step_row(engine, task, loop, step, steps=steps, seed=seed, checkpoints=checkpoints, companion=companion)
+        row = _step_row(run, loop, step, steps=steps, seed=seed, checkpoints=checkpoints)
         if record:
             record.trained(row)
         if held_out and held_out.due(step + 1, steps):
@@ -137,17 +146,10 @@ def run_loop(
 
 
 def _step_row(
-    engine: Engine,
-    task: Task,
-    loop: LoopParams,
-    step: int,
-    *,
-    steps: int,
-    seed: int,
-    checkpoints: Path,
-    companion: Companion | None,
+    run: TrainingRun, loop: LoopParams, step: int, *, steps: int, seed: int, checkpoints: Path
 ) -> dict[str, float]:
     """Make optimizer step `step` (0-based); its row of the history."""
+    engine, task, companion = run.engine, run.task, run.companion
     # Reseeded every step, so that dropout, if any, is the same after a resume.
     torch.manual_seed(hash((seed, step, engine.rank)) & 0xFFFFFFFF)
     started = time.perf_counter()

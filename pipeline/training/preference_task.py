@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor, nn
+from torch import Tensor
 
 from cache import join_sum_logps, open_reference
 from pipeline.auxdpo.offsets import Offsets, summarise_shares
@@ -15,15 +15,15 @@ from pipeline.data.tables import name_pairs
 from pipeline.forward.kernels import choose_kernels
 from pipeline.forward.layout import choose_layout
 from pipeline.forward.logps import ResponseLogps, sequence_sums
-from pipeline.model.folders import disable_dropout, load_policy_start
+from pipeline.model.folders import load_policy_start
+from pipeline.model.parts import disable_dropout
 from pipeline.model.trainable import select_trainable
 from pipeline.objectives import OBJECTIVES, PairLogps
-from pipeline.params import LoopParams, Trainable
-from pipeline.params.objectives import AuxDPO
-from pipeline.runs.launch import Job
+from pipeline.params import AuxDPO, LoopParams, Trainable
 from pipeline.training.deepspeed_engine import Engine, divided_from_the_start
 from pipeline.training.held_out import HeldOutPairs
-from pipeline.training.loop import micro_steps_for
+from pipeline.training.job import Job
+from pipeline.training.loop import TrainingRun, micro_steps_for
 from pipeline.training.pairs import PairBatches
 from pipeline.training.start_check import StartCheck
 from pipeline.workspace import scratch_folder
@@ -116,8 +116,8 @@ class PreferenceTask:
         return row if self.offsets is None else summarise_shares(row)
 
 
-def start(job: Job, loop: LoopParams) -> tuple[Engine, PreferenceTask, nn.Module]:
-    """Engine, task and policy of one rank; no reference model is loaded."""
+def start(job: Job, loop: LoopParams) -> TrainingRun:
+    """One rank's share; no reference model is loaded."""
     trainable = TypeAdapter(Trainable).validate_python(job.settings["trainable"])
     with divided_from_the_start(loop, micro_steps=micro_steps_for(loop)):
         model = load_policy_start(Path(job.paths["model"]))
@@ -135,7 +135,7 @@ def start(job: Job, loop: LoopParams) -> tuple[Engine, PreferenceTask, nn.Module
     engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
     if offset_params:
         task.offsets = open_offsets(Path(job.paths["sketches"]), task.pairs.keys, task.groups, offset_params, engine)
-    return engine, task, model
+    return TrainingRun(engine, task, model, _held_out(job, loop, task), task.offsets)
 
 
 def _offset_params(job: Job) -> AuxDPO | None:
@@ -154,12 +154,7 @@ def open_task(job: Job, layout: str, *, split: str = "train", most: int | None =
     return PreferenceTask(*paths, **settings, layout=layout, split=split, most=most)
 
 
-def companion(task: PreferenceTask) -> Offsets | None:
-    """What trains beside the policy."""
-    return task.offsets
-
-
-def held_out(job: Job, loop: LoopParams, task: PreferenceTask) -> HeldOutPairs | None:
+def _held_out(job: Job, loop: LoopParams, task: PreferenceTask) -> HeldOutPairs | None:
     """Pairs of the test split to measure while training, if the params ask for it."""
     every = job.settings["evaluate_every"]
     if not every:

@@ -1,9 +1,14 @@
-"""What a training run tells while it trains: its tables, and the trackers that were asked for. Rank 0 only."""
+"""What a training run tells while it trains: tables that grow by a row, and the trackers that were asked for.
 
+Rank 0 writes; anybody may read meanwhile. A resumed run cuts its tables back to the step it goes on from.
+"""
+
+import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.training.history import History
+from pipeline.files import write_text
 from pipeline.training.trackers import Tracker
 
 HISTORY, EVALUATIONS = "history.tsv", "evaluations.tsv"
@@ -34,3 +39,45 @@ class RunRecord:
     def close(self) -> None:
         for tracker in self._trackers:
             tracker.close()
+
+
+_TAIL = 1 << 16  # bytes that surely hold the last row
+
+
+class History:
+    def __init__(self, path: Path, *, keep_steps: int, saved: Path | None = None) -> None:
+        """Open for appending after step `keep_steps`; later rows, of a run that died, are dropped.
+
+        saved: the table as the checkpoint of that step holds it, to be taken instead of `path`.
+        """
+        self.path = path
+        source = saved if saved is not None and keep_steps else path
+        lines = source.read_text().splitlines(keepends=True) if source.exists() and keep_steps else []
+        kept = [line for line in lines[1:] if line.endswith("\n") and int(line.partition("\t")[0]) <= keep_steps]
+        write_text(path, "".join(lines[:1] + kept))
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Add a row in one write, so that whoever reads meanwhile finds whole lines."""
+        with self.path.open("a") as file:
+            heading = "\t".join(row) + "\n" if file.tell() == 0 else ""
+            file.write(heading + "\t".join(f"{value:.9g}" for value in row.values()) + "\n")
+
+
+def median(path: Path, column: str) -> float:
+    """Median of a column over all steps; NaN without any."""
+    names, *rows = [line.rstrip("\n").split("\t") for line in path.read_text().splitlines()]
+    values = [float(row[names.index(column)]) for row in rows]
+    return statistics.median(values) if values else float("nan")
+
+
+def last_row(path: Path) -> dict[str, float]:
+    """The last complete row by column name; empty if there is none. Reads the end of the file only."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        heading = file.readline()
+        file.seek(max(len(heading), file.seek(0, os.SEEK_END) - _TAIL))
+        lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+    if not lines:
+        return {}
+    return dict(zip(heading.decode().split(), map(float, lines[-1].split()), strict=True))

@@ -4,17 +4,18 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.data.tables import read_sft
 from pipeline.forward.kernels import choose_kernels
 from pipeline.forward.layout import choose_layout
 from pipeline.forward.logps import ResponseLogps, collate, pack
-from pipeline.model.folders import initial_model, load_tokenizer
+from pipeline.model.folders import initial_model
+from pipeline.model.tokenizer import open_prepared_tokenizer
 from pipeline.params import LoopParams, ModelParams
-from pipeline.runs.launch import Job
 from pipeline.training.deepspeed_engine import Engine, divided_from_the_start
-from pipeline.training.loop import micro_steps_for
+from pipeline.training.job import Job
+from pipeline.training.loop import TrainingRun, micro_steps_for
 
 
 class SftTask:
@@ -47,9 +48,9 @@ class SftTask:
         return {"loss": sums["nll"] / float(self.response_lengths[batch].sum())}
 
 
-def start(job: Job, loop: LoopParams) -> tuple[Engine, SftTask, nn.Module]:
-    """Engine, task and model of one rank."""
-    tokenizer = load_tokenizer(Path(job.paths["tokenizer"]))
+def start(job: Job, loop: LoopParams) -> TrainingRun:
+    """One rank's share; prepare keeps no sft rows back, so nothing is held out."""
+    tokenizer = open_prepared_tokenizer(Path(job.paths["tokenizer"]))
     params = ModelParams.model_validate(job.settings["model"])
     # An adapter is merged into whole weights, and random ones are drawn in the same order whatever the ranks.
     whole = params.adapter is not None or params.scratch is not None
@@ -61,12 +62,4 @@ def start(job: Job, loop: LoopParams) -> tuple[Engine, SftTask, nn.Module]:
     kernels = choose_kernels(model, layout, loop)
     model.train()
     engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
-    return engine, SftTask(Path(job.paths["sft"]), layout, kernels), model
-
-
-def held_out(job: Job, loop: LoopParams, task: SftTask) -> None:
-    """Nothing: prepare keeps no sft rows back."""
-
-
-def companion(task: SftTask) -> None:
-    """Nothing: the model trains alone."""
+    return TrainingRun(engine, SftTask(Path(job.paths["sft"]), layout, kernels), model)

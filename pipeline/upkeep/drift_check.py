@@ -16,16 +16,15 @@ from pipeline.engine.rows import ROW_COLUMNS, engine_rows, scored_table
 from pipeline.params import ScoreParams
 from pipeline.progress import progress_bar
 from pipeline.reference import drift
-from pipeline.reference.drift_statistics import DriftTally
-from pipeline.reference.publication import publish_needed
-from pipeline.reference.rescored import adopt, recorded_rows
+from pipeline.reference.drift_statistics import DriftTally, difference, six_digits
+from pipeline.reference.identity import open_for_model
+from pipeline.reference.publication import adopt, publish_needed, recorded_rows
 from pipeline.reference.trainer_forward import TrainerForward
 from pipeline.workspace import journal_folder, rescored_folder
 
 CHUNK_ROWS = 2000  # looked up in the reference cache at a time
 JOURNAL_ROWS = 64  # rescored between two appends: what a kill can cost
 LISTED_ROWS = 1000  # flagged rows that are named, the worst; all are counted and rescored
-DESCRIBED_ROWS = 20  # of the flagged ones, in `describe`
 LISTED_SOURCES = 5  # of each, where many pairs share a response
 
 
@@ -76,7 +75,7 @@ def check_reference_drift(
     Raises CacheMismatch for other weights, CacheIncomplete for a response that has no row, CacheCorrupt for damage,
     and with `rescore` CacheLocked while another process scores this reference.
     """
-    reference = drift.open_for_model(path, model)
+    reference = open_for_model(path, model)
     scope = _Scope(pairs, model, trainer_dtype, sample, tolerance, trust_remote_code)
     if not rescore:
         found, _ = _compare(reference, scope)
@@ -119,7 +118,7 @@ def _compare(reference: Reference, scope: _Scope) -> tuple[dict[str, Any], list[
             cached = reference.rows(rows["response_key"], ["token_logps"])["token_logps"]
             for key, values, row in zip(rows["response_key"], cached, engine_rows(rows), strict=True):
                 own = forward(*row)
-                off = tally.add(drift.difference(values.to_numpy(), own))
+                off = tally.add(difference(values.to_numpy(), own))
                 if off > scope.tolerance:
                     flagged.append(Flagged(key, len(own), off, float(own.sum(dtype=np.float64))))
                 advance(1, len(row[0]) + len(row[1]))
@@ -130,7 +129,7 @@ def _compare(reference: Reference, scope: _Scope) -> tuple[dict[str, Any], list[
         "reference_id": reference.identity.reference_id,
         "trainer_dtype": scope.dtype,
         **tally.statistics(),
-        "typical_margin": drift.six_digits(drift.typical_margin(keys, reference)),
+        "typical_margin": six_digits(drift.typical_margin(keys, reference)),
         "tolerance": scope.tolerance,
         "flagged_rows": len(flagged),
         "flagged": _named(flagged[:LISTED_ROWS], pairs),
@@ -170,7 +169,7 @@ def _named(flagged: list[Flagged], pairs: Path) -> list[dict[str, Any]]:
         {
             "response_key": row.key.hex(),
             "n_tokens": row.n_tokens,
-            "drift": drift.six_digits(row.drift),
+            "drift": six_digits(row.drift),
             "sources": sources.get(row.key, []),
         }
         for row in flagged
@@ -215,35 +214,3 @@ def _publish(reference: Reference, journal: Journal, scope: _Scope) -> dict[str,
         trust_remote_code=scope.trust_remote_code,
         rescored=rescored,
     )
-
-
-def describe(found: dict[str, Any]) -> list[str]:
-    """What `check_reference_drift` returned, as lines for people."""
-    sequence, token = found["per_sequence"], found["per_token"]
-    lines = [
-        f"{found['path']}: {found['responses']:,} responses, {found['tokens']:,} tokens against transformers in "
-        f"{found['trainer_dtype']}",
-        f"drift per sequence: max {sequence['max']:.3g}, mean {sequence['mean']:.3g}, p99 {sequence['p99']:.3g} nats "
-        f"(typical margin {found['typical_margin']:.3g})",
-        f"drift per token: max {token['max']:.3g}, mean {token['mean']:.3g}, p99 {token['p99']:.3g} nats",
-        f"{found['flagged_rows']:,} rows drift by more than {found['tolerance']:g} nats (train.drift_tolerance)",
-    ]
-    lines += [
-        f"  {row['response_key']}: {row['drift']:.3g} nats over {row['n_tokens']} tokens; {', '.join(row['sources'])}"
-        for row in found["flagged"][:DESCRIBED_ROWS]
-    ]
-    if found["flagged_rows"] > DESCRIBED_ROWS:
-        lines.append(f"  and {found['flagged_rows'] - DESCRIBED_ROWS:,} more")
-    if found["unchecked"]:
-        lines.append(f"{found['unchecked']:,} rows were not checked: no pair uses them, so their tokens are unknown")
-    if found["rescored"] is not None:
-        done = found["rescored"]
-        lines.append(f"{done['rows']:,} rows scored anew with transformers in float32, {done['kept']:,} were before")
-        if done["rows"]:
-            lines.append("Run `dvc repro score`, so that DVC records them; no engine is started for that.")
-        if done["still_flagged"]:
-            lines.append(
-                f"{done['still_flagged']:,} of them still drift by more: that is the rounding of a trainer in "
-                f"{found['trainer_dtype']}. Train in float32, or raise train.drift_tolerance knowingly."
-            )
-    return lines

@@ -1,6 +1,5 @@
 """What a reference cache holds, computed in a few streaming passes: the numbers behind `refcache inspect`."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -146,8 +145,7 @@ def load_decoder(folder: Path) -> Decode:
 
 def _read_drift(path: Path, extremes: int) -> dict[str, Any] | None:
     """drift.json, of its sampled rows only the `extremes` that drift most."""
-    try:
-        content: dict[str, Any] = json.loads((path / drift.FILE).read_text())
-    except FileNotFoundError:
+    content = drift.read_drift(path)
+    if content is None:
         return None
     return drift.summary(content) | {"worst": content.get("sequences", [])[:extremes]}

@@ -20,10 +20,10 @@ from pipeline.data.tables import PAIR_SIDES, scan_pairs, scan_responses
 from pipeline.errors import RequestError
 from pipeline.forward.logps import ResponseLogps, Tokens
 from pipeline.model.digests import config_digest, weights_digest
-from pipeline.model.folders import disable_dropout, load_policy_start
+from pipeline.model.folders import load_policy_start
+from pipeline.model.parts import disable_dropout
 from pipeline.model.trainable import select_trainable
-from pipeline.params import Trainable
-from pipeline.params.objectives import AuxDPO
+from pipeline.params import AuxDPO, Trainable
 from pipeline.progress import activity, progress_bar
 
 BATCH_TOKENS = 4096  # of prompts and responses in one backward, padding included

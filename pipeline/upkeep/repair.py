@@ -8,9 +8,9 @@ from cache import Finding, Journal, verify
 from cache.identity import Identity
 from cache.repair import damaged_files, set_aside
 from pipeline.errors import RunFailed
-from pipeline.model.digests import reference_identity
 from pipeline.params import ScoreParams, SketchParams, Trainable
 from pipeline.progress import activity
+from pipeline.reference.identity import reference_identity
 from pipeline.reference.scoring import score_responses
 from pipeline.reference.sketching import sketch_identity, sketch_responses
 from pipeline.workspace import damaged_folder, journal_folder, sketch_journal_folder

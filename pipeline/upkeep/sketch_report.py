@@ -1,6 +1,5 @@
 """Whether a published sketch is large enough: the numbers behind `refcache sketch-report`."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from cache import KeySet, Sketches, SketchIdentity, open_sketches
 from cache.sketches import AUDIT, NONE, group_values, scale_column
 from pipeline.errors import RequestError
 from pipeline.progress import progress_bar
-from pipeline.reference.head_sketching import HEAD_PART, HEAD_PART_ONLY
+from pipeline.sketches.head_plan import HEAD_PART, HEAD_PART_ONLY
 from pipeline.upkeep.sketch_spectrum import (
     Array,
     Spectrum,
@@ -231,8 +230,3 @@ def _warnings(content: dict[str, Any]) -> Iterator[str]:
                 "Responses of few tokens have gradients of low rank, which spread more (at most sqrt(3) times); beyond "
                 "that something is wrong with the sketch."
             )
-
-
-def write_report(content: dict[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n")

@@ -13,9 +13,9 @@ from cache.repair import sound_part
 from cache.sketches import NONE
 from pipeline.data.tables import read_responses
 from pipeline.errors import RequestError
-from pipeline.model.digests import reference_identity
 from pipeline.params import ScoreParams, SketchParams, Trainable
 from pipeline.progress import activity
+from pipeline.reference.identity import reference_identity
 from pipeline.reference.sketching import sketch_identity
 from pipeline.workspace import journal_folder, sketch_journal_folder
 

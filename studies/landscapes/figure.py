@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeline.params.objectives import AnyVariant
+from pipeline.params import AnyVariant
 from studies.landscapes.survey import LandscapeParams, Reference, flow, loss, simplex
 from studies.pages.svg import Spec
 

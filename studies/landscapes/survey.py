@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.objectives import OBJECTIVES, PairLogps
-from pipeline.params.objectives import AnyVariant
+from pipeline.params import AnyVariant
 from studies.pages.settings import Section
 
 GONE = -5000.0  # nats: log pi_l of a rejected response driven out; the objectives are proven finite down to here

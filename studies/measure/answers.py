@@ -48,7 +48,8 @@ def command(params: "Params", pairs: Path, model: Path, policies: Path, out: Pat
     import polars as pl
 
     from pipeline.data.tables import read_responses
-    from pipeline.evaluation.sampling import choose_prompts, loadable, stop_token_ids
+    from pipeline.evaluation.sampling import choose_prompts, stop_token_ids
+    from pipeline.model.merged_adapter import loadable
     from pipeline.model.tokenizer import open_tokenizer
     from studies.measure.policies import load_model
     from studies.pages.runs import REFERENCE

@@ -39,8 +39,9 @@ def command(
     import polars as pl
 
     from pipeline.data.tables import read_pairs, read_responses
-    from pipeline.evaluation.sampling import choose_prompts, loadable
-    from pipeline.reference.drift import open_for_model
+    from pipeline.evaluation.sampling import choose_prompts
+    from pipeline.model.merged_adapter import loadable
+    from pipeline.reference.identity import open_for_model
 
     everything = read_responses(pairs)
     prompts = [choose_prompts(everything.filter(pl.col("split") == split), PROMPTS)["prompt_key"] for split in splits]

@@ -33,7 +33,8 @@ def command(
     params_file: Path, overrides: tuple[str, ...], pairs: Path, model: Path, reference: Path, out: Path
 ) -> None:
     """Time one `score` and one `train` of the first cell, and the forwards that an online reference would need."""
-    from pipeline.params.reading import load_params
+    from pipeline.files import write_json
+    from pipeline.params import load_params
 
     params = load_params(params_file, overrides)
     variant, seed = params.sweep.variants[0], params.sweep.seeds[0]
@@ -53,8 +54,7 @@ def command(
         "score": score | {"rows": rows},
         "online": online_reference(params, pairs, model, seed),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(out, content)
     cells = len(params.sweep.variants) * len(params.sweep.seeds)
     click.echo(describe(content, cells))
 

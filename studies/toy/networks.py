@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.objectives import OBJECTIVES, PairLogps
-from pipeline.params.objectives import AnyVariant
+from pipeline.params import AnyVariant
 from studies.pages.settings import Section
 
 PROMPTS = RESPONSES = 4

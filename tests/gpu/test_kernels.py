@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from pipeline.forward.kernels import TIMES, TOLERANCE, choose_kernels, difference, use_flex, use_liger
+from pipeline.forward.kernels import TIMES, TOLERANCE, choose_kernels, fault_of, use_flex, use_liger
 from pipeline.forward.layout import ATTENTION
 from pipeline.forward.logps import ResponseLogps, pack
 from pipeline.params import SftParams
@@ -101,7 +101,7 @@ def test_auto_takes_it_here(architecture, dtype, capfd):
 
 def test_a_kernel_with_wrong_gradients_is_found_on_the_device():
     AttentionInterface.register("refcache_on_trial", doubles_the_gradient)
-    found = difference(
+    found = fault_of(
         plain("qwen2"), lambda made: made.set_attn_implementation("refcache_on_trial"), "packed", "bfloat16"
     )
     assert found is not None and found.startswith("gradients")

@@ -27,12 +27,12 @@ from pipeline.params import ModelParams, SftParams, Trainable, TrainParams
 from pipeline.runs.policy import train_policy
 from pipeline.runs.sft import fine_tune
 from pipeline.training.deepspeed_engine import Engine
-from pipeline.training.history import History
 from pipeline.training.loop import (
     deepspeed_engine,
     sft_task,  # noqa: F401
 )
 from pipeline.training.preference_task import PreferenceTask
+from pipeline.training.record import History
 from stages.__main__ import exit_code
 
 UNEXPECTED = 3  # exit code of a rank that failed in no foreseen way

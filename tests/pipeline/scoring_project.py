@@ -7,8 +7,8 @@ import pytest
 
 from cache import Journal, prompt_key, response_key
 from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, write_table
-from pipeline.model.digests import reference_identity
 from pipeline.params import ScoreParams, SketchParams
+from pipeline.reference.identity import reference_identity
 from pipeline.reference.scoring import score_responses
 from pipeline.reference.sketching import sketch_responses
 

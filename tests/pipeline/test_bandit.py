@@ -12,7 +12,7 @@ from cache.key_set import key_array
 from pipeline.auxdpo.nullspace import Projection, SketchedGradients
 from pipeline.auxdpo.offsets import Offsets
 from pipeline.objectives import PairLogps, auxdpo, dpo
-from pipeline.params.objectives import AuxDPO
+from pipeline.params import AuxDPO
 from tests.cache.test_sketches import keys
 
 REWARDS = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_auxdpo_in_the_null_space_reaches_the_optimum_whichever_pairs_were_drawn
     t, free = minimise(lambda t, z: loss(auxdpo, t, counts, project(z)), ZERO, torch.zeros(3, dtype=torch.float64))
     assert t.item() == pytest.approx(-1 / (2 * BETA), abs=1e-4)
     assert t.item() == pytest.approx(optimum(), abs=1 / BETA**2)
-    assert gradients().penalty(project(free)).item() < 1e-10
+    assert gradients().penalty(gradients().weights * project(free))[0].item() < 1e-10
 
 
 @pytest.mark.parametrize("counts", MIXES)
@@ -108,7 +108,7 @@ def test_the_penalty_reaches_it_as_its_weight_grows(counts):
 
     t, delta = minimise(objective, ZERO, torch.zeros(3, dtype=torch.float64))
     assert t.item() == pytest.approx(-1 / (2 * BETA), abs=1e-3)
-    assert gradients().penalty(delta).item() < 1e-6
+    assert gradients().penalty(gradients().weights * delta)[0].item() < 1e-6
 
 
 @pytest.mark.parametrize("constraint", ["projection", "penalty"])

@@ -9,6 +9,7 @@ import pytest
 
 from cache import Journal, ReferenceIdentity, logps_table, open_reference, prompt_key, publish_reference, response_key
 from pipeline.reference import drift
+from pipeline.reference.drift_statistics import drift_statistics
 
 IDENTITY = ReferenceIdentity(
     weights="ab", config="cd", adapter=None, dtype="float32", quantization=None, engine="vllm", engine_version="0.32.0"
@@ -31,7 +32,7 @@ def responses(count):
 def test_statistics_against_hand_values():
     cached = [np.array([-1.0, -2.0], np.float32), np.array([-4.0], np.float32)]
     own = [np.array([-1.5, -1.75], np.float32), np.array([-5.0], np.float32)]
-    found = drift.drift_statistics(cached, own)
+    found = drift_statistics(cached, own)
     # Per token: 0.5, 0.25, 1.0. Per sequence: |0.5 - 0.25| and 1.0: errors of opposite sign cancel, as in the sums.
     assert found["responses"] == 2 and found["tokens"] == 3
     assert found["per_token"] == {"max": 1.0, "mean": pytest.approx(1.75 / 3, rel=1e-5), "p99": pytest.approx(0.99)}
@@ -40,7 +41,7 @@ def test_statistics_against_hand_values():
 
 def test_statistics_refuse_answers_of_other_lengths():
     with pytest.raises(ValueError):
-        drift.drift_statistics([np.zeros(2)], [np.zeros(3)])
+        drift_statistics([np.zeros(2)], [np.zeros(3)])
 
 
 def test_sample_is_the_smallest_keys_and_the_longest_row():

@@ -30,7 +30,7 @@ from pipeline.params import ScoreParams
 from pipeline.reference import scoring
 from pipeline.reference.drift import choose_sample, keys_digest, transformers_logps
 from pipeline.upkeep import drift_check
-from pipeline.upkeep.drift_check import check_reference_drift, describe
+from pipeline.upkeep.drift_check import check_reference_drift
 from pipeline.workspace import journal_folder
 from tests.tiny import plain_logps, shift_row, write_model, write_pairs, write_reference_cache
 
@@ -128,14 +128,6 @@ def test_every_altered_row_is_flagged_with_its_drift_and_the_pairs_that_use_it(p
         assert row["sources"] == list(dict.fromkeys(users["source"])) and row["sources"]
     assert found["per_sequence"]["max"] == found["per_token"]["max"] == pytest.approx(2.5, abs=1e-4)
     assert project.check(tolerance=1.5)["flagged_rows"] == 1
-
-
-def test_people_read_the_figures_the_worst_rows_and_what_was_done(project):
-    shift_row(project.logps, project.keys[3], 1.0)
-    lines = describe(project.check(rescore=True))
-    assert any(line.startswith("1 rows drift by more than 0.25 nats") for line in lines)
-    assert any(line.startswith(f"  {project.keys[3].hex()}: 1 nats over") and "tiny.jsonl:" in line for line in lines)
-    assert lines[-2] == "1 rows scored anew with transformers in float32, 0 were before"
 
 
 def test_a_sample_sees_only_its_own_rows(project):

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.reference.drift import drift_statistics
-from pipeline.reference.drift_statistics import DriftTally
+from pipeline.reference.drift_statistics import DriftTally, drift_statistics
 
 # Differences from rounding noise to gross errors, and exact agreement.
 differences = st.one_of(st.just(0.0), st.floats(1e-9, 1e3), st.floats(-1e3, -1e-9))

@@ -12,7 +12,7 @@ from tests.pipeline.tiny_reference import MODEL, quick_engine
 pytestmark = pytest.mark.slow
 
 VOCABULARY, PROMPT, RESPONSE = 151_936, 4096, 1024
-BUDGET_MIB = 1200  # vllm_backends.LOGITS_BYTES and a little; all logits at once would be three arrays of 3,000 MiB
+BUDGET_MIB = 1200  # backends.LOGITS_BYTES and a little; all logits at once would be three arrays of 3,000 MiB
 
 
 @pytest.fixture(scope="module")

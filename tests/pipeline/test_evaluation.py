@@ -15,8 +15,8 @@ from pipeline.engine.rows import engine_rows, token_arrays
 from pipeline.errors import RequestError
 from pipeline.evaluation.evaluation import _expected_reward, _is_demo, _Samples, evaluate_policy
 from pipeline.evaluation.sampling import choose_prompts
-from pipeline.model.digests import reference_identity
 from pipeline.params import EvaluateParams, ScoreParams
+from pipeline.reference.identity import reference_identity
 from tests.pipeline.tiny_reference import POSITIONS, quick_engine, transformers_token_logps, write_model
 from tests.tiny import VOCABULARY, write_pairs
 

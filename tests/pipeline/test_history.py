@@ -1,6 +1,6 @@
 """history.tsv survives kills: cut back to the resumed step, a torn last line dropped."""
 
-from pipeline.training.history import History, last_row
+from pipeline.training.record import History, last_row
 
 
 def write(path, steps, keep=0):

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from pipeline.errors import RequestError
 from pipeline.forward import flex_attention
 from pipeline.forward.flex_attention import FLEX, attend_at_once
-from pipeline.forward.kernels import choose_kernels, difference, use_flex
+from pipeline.forward.kernels import choose_kernels, fault_of, use_flex
 from pipeline.forward.layout import ATTENTION
 from pipeline.forward.logps import collate, pack
 from pipeline.forward.prompt_groups import PromptGroups, UnsupportedAttention, attend
@@ -129,7 +129,7 @@ def does_not_compile(*_, **__):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 class TestKernelsOnTrial:
     def test_attention_in_one_call_passes(self, compiled, qwen2, dtype):
-        assert difference(qwen2, use_flex, "packed", dtype) is None
+        assert fault_of(qwen2, use_flex, "packed", dtype) is None
 
     @pytest.mark.parametrize(
         ("attention", "reason"),
@@ -141,7 +141,7 @@ class TestKernelsOnTrial:
     )
     def test_wrong_states_wrong_gradients_and_compilers_that_fail_do_not(self, qwen2, dtype, attention, reason):
         AttentionInterface.register("refcache_on_trial", attention)
-        found = difference(qwen2, lambda made: made.set_attn_implementation("refcache_on_trial"), "packed", dtype)
+        found = fault_of(qwen2, lambda made: made.set_attn_implementation("refcache_on_trial"), "packed", dtype)
         assert found is not None and found.startswith(reason)
 
 

@@ -6,7 +6,9 @@ import pytest
 
 from pipeline.errors import RunFailed
 from pipeline.params import SftParams
-from pipeline.runs.launch import Job, launch, work_folder
+from pipeline.runs.launch import launch
+from pipeline.runs.work_folder import work_folder
+from pipeline.training.job import Job
 
 
 def test_a_second_run_is_refused_and_leaves_the_first_ones_files_alone(tmp_path):

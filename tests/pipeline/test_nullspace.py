@@ -43,8 +43,10 @@ def test_the_penalty_on_exact_gradients_is_the_true_one():
     counts = torch.tensor([1.0, 3.0, 2.0, 2.0])  # 8 sides of 4 pairs
     gradients = SketchedGradients(torch.cat(list(found.values.values()), dim=1), found.audit, counts)
     truth = exact_penalty(ResponseLogps(sketcher.model, 100), rows, counts / 8 * delta, batch_size=3)
-    assert gradients.penalty(delta).item() == pytest.approx(truth, rel=1e-5)
-    assert gradients.audit_penalty(delta) == pytest.approx(truth, rel=4 * (2 / 256) ** 0.5)
+    penalty, _ = gradients.penalty(gradients.weights * delta)
+    assert penalty.item() == pytest.approx(truth, rel=1e-5)
+    audited = ((gradients.weights * delta) @ gradients.audit).square().sum().item()
+    assert audited == pytest.approx(truth, rel=4 * (2 / 256) ** 0.5)
     assert all(parameter.grad is None for parameter in sketcher.model.parameters())
 
 
@@ -55,38 +57,36 @@ def test_the_sketched_penalty_is_near_the_true_one():
         with Sketcher(tiny_model("llama"), SketchParams(mode=mode, k=1024), "last_block") as sketcher:
             sketched = sketcher(rows)
         columns = torch.cat(list(sketched.values.values()), dim=1)
-        found[mode] = SketchedGradients(columns, sketched.audit, torch.ones(4)).penalty(delta).item()
+        found[mode] = SketchedGradients(columns, sketched.audit, torch.ones(4)).penalty(delta / 4)[0].item()
     assert found["tensorsketch"] == pytest.approx(found["exact"], rel=4 * (2 / 1024) ** 0.5)
 
 
 def test_the_gradient_of_the_penalty_is_that_of_its_formula():
-    gradients = make(counts=torch.arange(1.0, 13.0))
-    delta = draw(12, seed=5).requires_grad_()
-    (3 * gradients.penalty(delta)).backward()
-    again = delta.detach().double().requires_grad_()
-    (3 * (weighted(gradients) @ again).square().sum()).backward()
-    torch.testing.assert_close(delta.grad.double(), again.grad, rtol=1e-5, atol=1e-7)
-    assert gradients.penalty(delta).item() == pytest.approx(
-        (weighted(gradients) @ again).square().sum().item(), rel=1e-5
-    )
+    gradients, coefficients = make(), draw(12, seed=5)
+    again = coefficients.double().requires_grad_()
+    truth = (gradients.sketches.T.double() @ again).square().sum()
+    truth.backward()
+    penalty, slope = gradients.penalty(coefficients)
+    assert penalty.item() == pytest.approx(truth.item(), rel=1e-5)
+    torch.testing.assert_close(slope.double(), again.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_a_response_of_several_pairs_counts_as_often_as_it_occurs():
+def test_ranks_that_hold_some_of_the_responses_have_the_penalty_and_their_part_of_its_gradient():
+    whole, coefficients = make(), draw(12, seed=5)
+    first, second = (whole.select(torch.arange(12)[rows]) for rows in (slice(0, 5), slice(5, 12)))
+    others = second.combine(coefficients[5:])
+    penalty, slope = first.penalty(coefficients[:5], lambda total: total + others)
+    truth, gradient = whole.penalty(coefficients)
+    assert penalty.item() == pytest.approx(truth.item(), rel=1e-5)
+    torch.testing.assert_close(slope, gradient[:5], rtol=1e-4, atol=1e-5)
+
+
+def test_a_response_of_several_pairs_weighs_as_often_as_it_occurs():
     shared = make(m=3, counts=torch.tensor([2.0, 1.0, 1.0]))
-    rows = shared.sketches[[0, 0, 1, 2]]
-    apart = SketchedGradients(rows, shared.audit[[0, 0, 1, 2]], torch.ones(4))
+    apart = SketchedGradients(shared.sketches[[0, 0, 1, 2]], shared.audit[[0, 0, 1, 2]], torch.ones(4))
     delta = draw(3, seed=2)
-    assert shared.penalty(delta).item() == pytest.approx(apart.penalty(delta[[0, 0, 1, 2]]).item(), rel=1e-5)
-    assert shared.audit_penalty(delta) == pytest.approx(apart.audit_penalty(delta[[0, 0, 1, 2]]), rel=1e-5)
-
-
-def test_the_batch_penalty_is_the_global_one_of_the_batch_alone():
-    gradients, rows = make(), torch.tensor([3, 7, 7, 1])
-    delta = draw(4, seed=3).requires_grad_()
-    alone = SketchedGradients(gradients.sketches[rows], gradients.audit[rows], torch.ones(4))
-    found = gradients.batch_penalty(rows, delta)
-    assert found.item() == pytest.approx(alone.penalty(delta).item(), rel=1e-5)
-    torch.testing.assert_close(torch.autograd.grad(found, delta), torch.autograd.grad(alone.penalty(delta), delta))
+    found, _ = shared.penalty(shared.weights * delta)
+    assert found.item() == pytest.approx(apart.penalty(apart.weights * delta[[0, 0, 1, 2]])[0].item(), rel=1e-5)
 
 
 def test_offsets_fitted_to_the_sketch_are_told_by_the_audit():
@@ -98,8 +98,8 @@ def test_offsets_fitted_to_the_sketch_are_told_by_the_audit():
     normal = torch.eye(m).double() + 1e4 * weighted(gradients).T @ weighted(gradients)
     delta = torch.linalg.solve(normal, target.double()).float()
     truth = ((delta / m) @ columns).square().sum().item()
-    assert gradients.penalty(delta).item() < 0.1 * truth
-    assert gradients.audit_penalty(delta) == pytest.approx(truth, rel=4 * (2 / 256) ** 0.5)
+    assert gradients.penalty(delta / m)[0].item() < 0.1 * truth
+    assert ((delta / m) @ gradients.audit).square().sum().item() == pytest.approx(truth, rel=4 * (2 / 256) ** 0.5)
 
 
 # projection -----------------------------------------------------------------------------------------------------------
@@ -133,7 +133,8 @@ def test_directions_that_the_sketch_does_not_see_are_left_free():
     gradients.sketches[:] = draw(12, 3, seed=7) @ draw(3, 20, seed=8)  # rank 3
     projection = Projection(gradients, 8)
     assert projection.basis.shape == (12, 3)
-    assert gradients.penalty(projection(draw(12))).item() < 1e-10 * gradients.penalty(draw(12)).item()
+    free, all_of_it = (gradients.penalty(delta)[0].item() for delta in (projection(draw(12)), draw(12)))
+    assert free < 1e-10 * all_of_it
 
 
 # from storage ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, TypeAdapter
 
 from pipeline.objectives import OBJECTIVES, PairLogps, bdpo
 from pipeline.params import objectives as objective_params
-from pipeline.params.interval import Interval
+from pipeline.params.ranges import Interval
 from tests.pipeline.objective_cases import CASES, IDS, pair
 
 VARIANTS = TypeAdapter(objective_params.AnyVariant)

@@ -31,7 +31,7 @@ def test_a_failure_while_writing_leaves_the_earlier_outputs(folder, tmp_path, mo
     def full_disk(*_args, **_options):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("pipeline.data.prepare.json.dumps", full_disk)  # the last thing that is written
+    monkeypatch.setattr("pipeline.data.prepare.write_json", full_disk)  # the last thing that is written
     with pytest.raises(OSError, match="No space left"):
         prepare_into(tmp_path / "out", file_params(folder))
     assert digests(tmp_path / "out") == before

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pipeline.engine.prompt_logprobs import response_logps
+from pipeline.engine.answers import response_logps
 
 
 def answer(*per_token):

@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.report import numbers as figures
-from pipeline.report.vega_bundle import escape_script
+from pipeline.report.vega import escape_script
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from cache import Journal, ReferenceIdentity, open_reference, publish_reference
 from cache.identity import IDENTITY, record_identity, recorded_identity
 from pipeline.engine import supervision
-from pipeline.model import digests as weights
 from pipeline.params import ScoreParams
+from pipeline.reference import identity
 from pipeline.reference.scoring import score_responses
 from tests.pipeline.tiny_project import Project, write_project
 from tests.tiny import write_pairs
@@ -110,7 +110,7 @@ def test_another_dtype_or_quantisation_is_a_miss_that_names_the_field(project, s
 
 
 def test_another_engine_version_is_a_miss_that_names_the_field(project, monkeypatch):
-    monkeypatch.setattr(weights, "engine_version", lambda: "0.99.0")
+    monkeypatch.setattr(identity, "engine_version", lambda: "0.99.0")
     found = ask(project)
     assert differs(found) == {"engine_version"} and "engine_version is 0." in found["reasons"][0]
 

@@ -9,7 +9,8 @@ import pytest
 
 from cache import prompt_key
 from pipeline.errors import RequestError
-from pipeline.evaluation.sampling import choose_prompts, loadable, stop_token_ids
+from pipeline.evaluation.sampling import choose_prompts, stop_token_ids
+from pipeline.model.merged_adapter import loadable
 from tests.tiny import EOS, write_tokenizer
 
 

@@ -14,9 +14,9 @@ from pipeline.data.tables import read_responses
 from pipeline.engine import supervision
 from pipeline.engine.process import EngineProcess
 from pipeline.errors import RequestError
-from pipeline.model.digests import reference_identity
 from pipeline.reference import scoring
 from pipeline.reference.drift import summary as drift_summary
+from pipeline.reference.identity import reference_identity
 from tests.integration import kills
 from tests.pipeline.scoring_project import SKETCH, Project, write_prepared
 from tests.pipeline.slow_sketches import slow_sketch

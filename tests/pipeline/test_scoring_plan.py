@@ -10,18 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache import prompt_key, response_key
-from pipeline.engine.rows import (
-    ModelLimits,
-    bad_rows,
-    calls,
-    check_rows,
-    engine_length,
-    engine_rows,
-    longest_row,
-    model_limits,
-    scoring_order,
-)
+from pipeline.engine.rows import calls, engine_length, engine_rows, longest_row, scoring_order
 from pipeline.errors import RequestError
+from pipeline.model.limits import ModelLimits, bad_rows, check_rows, model_limits
 from pipeline.params import ScoreParams
 from tests.tiny import TINY_MODEL
 

@@ -5,10 +5,9 @@ import json
 import pytest
 
 from pipeline.errors import RequestError
-from pipeline.model.digests import reference_identity
-from pipeline.model.tokenizer import load_tokenizer as load_project_tokenizer
-from pipeline.model.tokenizer import open_tokenizer
+from pipeline.model.tokenizer import load_tokenizer, open_prepared_tokenizer, open_tokenizer
 from pipeline.params import ModelParams, SftParams
+from pipeline.reference.identity import reference_identity
 from pipeline.runs.sft import fine_tune
 from tests.tiny import TINY_MODEL, write_model, write_sft, write_tokenizer
 
@@ -37,7 +36,7 @@ def test_zero_epochs_take_a_local_model_as_it_is(tmp_path):
 def test_a_model_trained_here_can_start_another_project(tmp_path):
     """Its tokenizer comes back as it was saved, although its Qwen2 config names another tokenizer class."""
     start = write_model(tmp_path / "start")
-    assert len(load_project_tokenizer(ModelParams(name=str(start)))) == len(open_tokenizer(start)) == 64
+    assert len(load_tokenizer(ModelParams(name=str(start)))) == len(open_tokenizer(start)) == 64
 
 
 def test_a_folder_that_is_no_model_is_a_wrong_request_that_names_it(tmp_path):
@@ -60,12 +59,13 @@ def test_missing_rows_name_the_stage_that_writes_them(tmp_path):
 
 @pytest.mark.parametrize("scratch", [{"architecture": "qwen22"}, {"config": {"hiden_size": 8}}])
 def test_misspelt_scratch_models_are_named(tmp_path, scratch):
-    from pipeline.model.folders import initial_model, load_tokenizer
+    from pipeline.model.folders import initial_model
 
     word = scratch.get("architecture", "hiden_size")
     with pytest.raises(RequestError, match=word):
         initial_model(
-            ModelParams.model_validate({"scratch": scratch}), load_tokenizer(write_tokenizer(tmp_path / "tokenizer"))
+            ModelParams.model_validate({"scratch": scratch}),
+            open_prepared_tokenizer(write_tokenizer(tmp_path / "tokenizer")),
         )
 
 

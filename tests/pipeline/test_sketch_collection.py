@@ -9,10 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.errors import RequestError, RunFailed
+from pipeline.model.parts import canonical_name
 from pipeline.params import LastFraction, Lora, LoraShape, SketchParams
 from pipeline.sketches import collector as sketch_collection
 from pipeline.sketches import sums as sketch_maths
-from pipeline.sketches.hashes import AUDIT, SKETCH, canonical_name
+from pipeline.sketches.hashes import AUDIT, SKETCH
 from pipeline.sketches.sketcher import Sketcher
 from tests.pipeline import slow_sketches
 from tests.pipeline.test_logps import TINY, sequences
@@ -54,7 +55,7 @@ def expected(sketcher, sequence):
     groups, audit, squared = {}, np.zeros(AUDIT_K), 0.0
     for raw, gradient in slow_sketches.exact_gradients(sketcher.model, *sequence).items():
         name = canonical_name(raw)
-        group = sketcher.layout.groups[name]
+        group = sketcher.parts.groups[name]
         sketch = slow_sketches.slow_sketch(name, gradient, K, seed=SEED, purpose=SKETCH)
         groups[group] = groups.get(group, 0) + sketch
         audit += slow_sketches.slow_sketch(name, gradient, AUDIT_K, seed=SEED, purpose=AUDIT)
@@ -85,8 +86,8 @@ def test_sketches_of_all_parameters_are_those_of_the_exact_gradient(architecture
     sketcher = make_sketcher(architecture, "all")
     require_exact(sketcher)
     names = {canonical_name(name) for name, _ in sketcher.model.named_parameters()}
-    assert set(sketcher.layout.groups) == names
-    assert {"block_000", "block_001", "embeddings", "final_norm"} <= set(sketcher.layout.groups.values())
+    assert set(sketcher.parts.groups) == names
+    assert {"block_000", "block_001", "embeddings", "final_norm"} <= set(sketcher.parts.groups.values())
 
 
 @pytest.mark.parametrize("trainable", ["last_block", "head", LastFraction(last_fraction=1.0), LORA], ids=str)
@@ -155,7 +156,7 @@ def test_exact_mode_stores_the_gradient_itself(trainable):
             if "lora_A" in raw:
                 assert not gradient.any()  # B is zero
             else:
-                groups.setdefault(sketcher.layout.groups[canonical_name(raw)], []).append(gradient.flatten())
+                groups.setdefault(sketcher.parts.groups[canonical_name(raw)], []).append(gradient.flatten())
         for group, parts in groups.items():
             assert error(found.values[group][i], torch.cat(parts).double().numpy()) < 1e-5
         audit, norm = expected(sketcher, sequence)[1:]

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.sketches.hashes import AUDIT, IN, OUT, SKETCH, axis_hash, canonical_name, hash_words, hashes
+from pipeline.model.parts import canonical_name
+from pipeline.sketches.hashes import AUDIT, IN, OUT, SKETCH, axis_hash, hash_words, hashes
 from tests.pipeline.slow_sketches import philox, words
 
 NAME = "model.layers.0.self_attn.q_proj.weight"

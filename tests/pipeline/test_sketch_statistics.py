@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.model.trainable import select_trainable
-from pipeline.sketches.groups import find_layout
+from pipeline.sketches.groups import find_trained
 from pipeline.sketches.hashes import SKETCH, hashes
 from pipeline.sketches.sums import TensorSketchSums
 from tests.pipeline.slow_sketches import exact_gradients
@@ -24,7 +24,7 @@ def columns():
     rows = [[torch.randint(3, 61, (n,), generator=draw).tolist() for n in (4, 20)] for _ in range(RESPONSES // 2)]
     rows += [[prompt, [*response[:-1], 2]] for prompt, response in rows]
     found = [exact_gradients(model, *row) for row in rows]
-    return find_layout(model), {name: torch.stack([row[name] for row in found]) for name in found[0]}
+    return find_trained(model), {name: torch.stack([row[name] for row in found]) for name in found[0]}
 
 
 def offsets(columns):

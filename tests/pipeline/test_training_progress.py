@@ -2,7 +2,7 @@
 
 from pipeline.runs import progress_line as module
 from pipeline.runs.progress_line import training_progress
-from pipeline.training.history import History
+from pipeline.training.record import History
 
 ROW = {"loss": 0.51239, "rewards/margins": 1.5, "rewards/accuracies": 0.75, "dcr": 0.25, "tokens_per_second": 812.4}
 

@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from pipeline.errors import RequestError
-from pipeline.model.digests import config_digest, engine_version, reference_identity, weights_digest
+from pipeline.model.digests import config_digest, weights_digest
+from pipeline.reference.identity import engine_version, reference_identity
 
 TENSORS = {
     "embed": np.arange(24, dtype=np.float32).reshape(6, 4),

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from cache import Journal, open_reference, shards
-from pipeline.model.digests import reference_identity
+from pipeline.reference.identity import reference_identity
 from stages.__main__ import main
 from tests.pipeline.tiny_reference import write_model
 from tests.tiny import write_pairs, write_reference_cache

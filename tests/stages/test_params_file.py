@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.errors import RequestError
-from pipeline.params.reading import load_params
+from pipeline.params import load_params
 from stages.__main__ import main
 
 ROOT = Path(__file__).parents[2]

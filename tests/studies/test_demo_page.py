@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
-from pipeline.params.reading import load_params
+from pipeline.params import load_params
 from studies.demo import page as demo_page
 from studies.demo.claims import judge
 from studies.demo.results import DemoStudy, Estimate, Results, load_results

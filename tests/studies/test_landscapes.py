@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from pipeline.params.objectives import AnyVariant
+from pipeline.params import AnyVariant
 from studies.landscapes import claims as landscape_claims
 from studies.landscapes.survey import LandscapeParams, Reference, flow, simplex, survey
 from studies.pages.settings import load_section

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from pipeline.data.tables import read_pairs, read_responses
 from pipeline.forward.logps import ResponseLogps
-from pipeline.params.reading import load_params
+from pipeline.params import load_params
 from studies.measure import divergence, pair_logps
 from studies.measure.divergence import Prompts, answer_divergences, draw_answers, pad_left
 from studies.measure.pair_logps import response_sums

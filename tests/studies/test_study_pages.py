@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
-from pipeline.params.reading import load_params
+from pipeline.params import load_params
 from studies.dynamics import page as dynamics_page
 from studies.dynamics.claims import Divergences
 from studies.dynamics.claims import judge as judge_dynamics

@@ -12,8 +12,7 @@ from dvc.repo import Repo
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.model.trainable import select_trainable
-from pipeline.params import LastFraction
-from pipeline.params.reading import load_params
+from pipeline.params import LastFraction, load_params
 from stages.__main__ import StageGroup
 from studies.demo.results import DemoStudy
 from studies.pages.settings import load_section

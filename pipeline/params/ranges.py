@@ -1,6 +1,9 @@
-"""Ranges of hyper-parameters."""
+"""Ranges of hyper-parameters, and what all sections of params.yaml have in common."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 INFINITY = float("inf")
 
@@ -22,3 +25,16 @@ class Interval:
         if not (above and below):  # NaN is refused too
             raise ValueError(f"must lie in {self}, found {value:g}")
         return value
+
+
+Positive = Annotated[int, Field(ge=1)]
+
+NonNegative = Annotated[int, Field(ge=0)]
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -1,0 +1,119 @@
+"""The sections `model` and `prepare`: where the reference comes from, and what the pairs are."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.params.ranges import NonNegative, Positive, Section, Share
+
+
+class ScratchModel(Section):
+    """A model built from a config with random weights: any causal architecture that transformers knows."""
+
+    architecture: str = "qwen2"  # transformers' model_type
+    vocabulary_size: Annotated[int, Field(ge=261)] = 1024  # of the BPE trained on the sft rows; 261: bytes and specials
+    config: dict[str, Any] = Field(default_factory=dict)  # passed to the architecture's config class
+    seed: NonNegative = 0
+
+
+class ModelParams(Section):
+    """Either `name` (hub id or local folder) or `scratch`; `adapter`: a LoRA of `name` to merge into it."""
+
+    name: str | None = None
+    revision: str | None = None
+    adapter: str | None = None  # peft adapter, local folder or hub id; the reference is the merged model
+    trust_remote_code: bool = False
+    scratch: ScratchModel | None = None
+
+    @model_validator(mode="after")
+    def one_origin(self) -> Self:
+        if (self.name is None) == (self.scratch is None):
+            raise ValueError("give either model.name (hub id or local folder) or model.scratch, and null for the other")
+        if self.adapter is not None and self.name is None:
+            raise ValueError("model.adapter belongs to model.name; a model from scratch has none")
+        return self
+
+
+class DemoParams(Section):
+    prompts: Positive = 400  # distinct prompts with pairs
+    sft_rows: Positive = 3000
+    seed: NonNegative = 0
+
+
+class FilesParams(Section):
+    """File names relative to prepare.input; .jsonl or .parquet. `test_pairs` empty: split `pairs` by prompt."""
+
+    pairs: list[str] = Field(min_length=1)
+    test_pairs: list[str] = Field(default_factory=list)
+
+
+class HubParams(Section):
+    """A dataset on the hub, or a local folder that `datasets` can load. `test_split` null: split by prompt."""
+
+    dataset: str
+    config: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    test_split: str | None = None
+
+
+class SftRowsParams(Section):
+    """Where the sft rows come from: `files` of prompt and completion, or the chosen responses of a share of the pairs.
+
+    `pairs_files` limits the second form to some of the pair files (empty: the first one), so that pair files added
+    later leave the sft rows, hence the reference, untouched. `source: none` writes no rows (for sft.epochs: 0).
+    """
+
+    source: Literal["files", "pairs", "demo", "none"] = "demo"
+    files: list[str] = Field(default_factory=list)
+    pairs_share: Share = 1.0
+    pairs_files: list[str] = Field(default_factory=list)
+
+
+class ColumnNames(Section):
+    """Column names in the input. `category` and the rewards are optional; a missing `prompt` means implicit prompts."""
+
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    completion: str = "completion"
+    category: str = "category"
+    chosen_reward: str = "chosen_reward"
+    rejected_reward: str = "rejected_reward"
+
+
+class PrepareParams(Section):
+    source: Literal["demo", "files", "hub"] = "demo"
+    input: str = "data/input"  # folder of the files; DVC watches it
+    demo: DemoParams = DemoParams()
+    files: FilesParams | None = None
+    hub: HubParams | None = None
+    columns: ColumnNames = ColumnNames()
+    sft: SftRowsParams = SftRowsParams()
+    chat_template: Literal["auto", "never"] | str = "auto"  # or a path to a jinja file
+    max_tokens: Positive = 1024  # prompt and response together; responses keep their start
+    max_prompt_tokens: Positive = 512
+    long_prompts: Literal["drop", "truncate_left"] = "drop"
+    test_share: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of the prompts, where no test file or split is given
+    split_seed: NonNegative = 0
+    on_bad_row: Literal["fail", "skip"] = "fail"
+
+    @model_validator(mode="after")
+    def source_is_described(self) -> Self:
+        if self.source == "files" and self.files is None:
+            raise ValueError("source: files needs prepare.files.pairs (a list of file names under prepare.input)")
+        if self.source == "hub" and self.hub is None:
+            raise ValueError("source: hub needs prepare.hub.dataset")
+        if self.max_prompt_tokens >= self.max_tokens:
+            raise ValueError(
+                f"max_prompt_tokens ({self.max_prompt_tokens}) must be below max_tokens ({self.max_tokens})"
+            )
+        if self.sft.source == "files" and not self.sft.files:
+            raise ValueError("sft.source: files needs prepare.sft.files (file names under prepare.input)")
+        if self.sft.source == "demo" and self.source != "demo":
+            raise ValueError("sft.source: demo goes with source: demo; choose files, pairs or none")
+        pairs_files = self.files.pairs if self.source == "files" and self.files else []
+        foreign = [name for name in self.sft.pairs_files if name not in pairs_files]
+        if self.sft.source == "pairs" and foreign:
+            raise ValueError(f"sft.pairs_files names {foreign}, which are not among prepare.files.pairs {pairs_files}")
+        return self

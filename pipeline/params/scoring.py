@@ -1,0 +1,63 @@
+"""The sections `score`, `sketch` and `evaluate`: what is asked of the engine and of the gradient pass."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.params.ranges import Dtype, NonNegative, Positive, Section, Share
+
+
+class ScoreParams(Section):
+    """The vLLM engine, for the reference and, in evaluate, policies; of these, dtype and quantization are identity."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: str | None = None
+    # How log-probs are read from vLLM (docs/performance.md); auto: the fastest that gives the right ones at start-up.
+    backend: Literal["auto", "token_ids", "hidden_states", "prompt_logprobs"] = "auto"
+    block_size: Positive | None = None  # tokens; prompts are shared in whole blocks. null: 32 on CPU, vLLM's own else
+    max_model_len: Positive | None = None  # tokens; null: as long as the longest row needs
+    max_num_seqs: Positive = 64
+    max_num_batched_tokens: Positive = 2048
+    tensor_parallel_size: Positive = 1
+    gpu_memory_utilization: Share = 0.9
+    cpu_kv_cache_gib: Positive = 1
+    enforce_eager: bool = False  # true: no compilation, slower on long runs, faster to start
+    rows_per_call: Positive = 256  # rows handed to the engine, then journalled, at a time
+    timeout_seconds: Positive = 1800  # without a sign of life from the engine; `score` then replaces it
+    drift_sample: Positive = 64  # responses forwarded again by transformers in train.dtype
+
+
+class SketchParams(Section):
+    """Gradient sketches of the training responses (docs/sketches.md).
+
+    ranks, batch_tokens, activation_checkpointing: change no number, and mean nothing to the engine. k, audit: numbers
+    per parameter group, and of the independent audit sketch. source: what takes the gradients: a backward pass over
+    `trainable`, or the engine that scores, which has them for the output head alone.
+    """
+
+    mode: Literal["none", "tensorsketch", "exact"] = "none"
+    source: Literal["gradient", "engine"] = "gradient"
+    k: Annotated[int, Field(ge=2)] = 1024
+    audit: Annotated[int, Field(ge=2)] = 256
+    seed: NonNegative = 0  # of the hashes
+    dtype: Dtype = "float32"
+    ranks: Positive = 1  # processes on this machine: GPUs, or CPU processes
+    batch_tokens: Positive = 4096  # of prompts and responses, padding included, in one backward
+    activation_checkpointing: bool = False
+
+    @property
+    def by_engine(self) -> bool:
+        return self.mode != "none" and self.source == "engine"
+
+    @model_validator(mode="after")
+    def engine_sketches(self) -> Self:
+        if self.by_engine and self.mode == "exact":
+            raise ValueError("source: engine needs mode: tensorsketch; an exact head is as large as the vocabulary")
+        return self
+
+
+class EvaluateParams(Section):
+    prompts: NonNegative = 64  # held-out prompts that the policy answers, for KL and reward; 0: none
+    samples_per_prompt: Positive = 4
+    max_new_tokens: Positive = 64
+    seed: NonNegative = 0
