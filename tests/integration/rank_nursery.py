@@ -22,15 +22,11 @@ import torch  # noqa: F401
 from pydantic import TypeAdapter
 from transformers import Qwen2ForCausalLM  # noqa: F401
 
-from pipeline.model import folders as models
 from pipeline.params import ModelParams, SftParams, Trainable, TrainParams
 from pipeline.runs.policy import train_policy
 from pipeline.runs.sft import fine_tune
+from pipeline.training import deepspeed_engine, rank
 from pipeline.training.deepspeed_engine import Engine
-from pipeline.training.loop import (
-    deepspeed_engine,
-    sft_task,  # noqa: F401
-)
 from pipeline.training.preference_task import PreferenceTask
 from pipeline.training.record import History
 from stages.__main__ import exit_code
@@ -45,8 +41,8 @@ MOMENTS: dict[str, tuple[Any, str, bool]] = {
     "save": (Engine, "save_checkpoint", False),
     "seal": (deepspeed_engine, "seal", False),
     "sealed": (deepspeed_engine, "seal", True),
-    "model": (models, "save_model", False),
-    "saved model": (models, "save_model", True),
+    "model": (rank, "save_model", False),
+    "saved model": (rank, "save_model", True),
 }
 
 
