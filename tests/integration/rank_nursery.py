@@ -25,7 +25,8 @@ from transformers import Qwen2ForCausalLM  # noqa: F401
 from pipeline.params import ModelParams, SftParams, Trainable, TrainParams
 from pipeline.runs.policy import train_policy
 from pipeline.runs.sft import fine_tune
-from pipeline.training import deepspeed_engine, rank
+from pipeline.training import deepspeed_engine
+from pipeline.training import rank as rank_module
 from pipeline.training.deepspeed_engine import Engine
 from pipeline.training.preference_task import PreferenceTask
 from pipeline.training.record import History
@@ -41,8 +42,8 @@ MOMENTS: dict[str, tuple[Any, str, bool]] = {
     "save": (Engine, "save_checkpoint", False),
     "seal": (deepspeed_engine, "seal", False),
     "sealed": (deepspeed_engine, "seal", True),
-    "model": (rank, "save_model", False),
-    "saved model": (rank, "save_model", True),
+    "model": (rank_module, "save_model", False),
+    "saved model": (rank_module, "save_model", True),
 }
 
 
