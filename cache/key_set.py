@@ -85,7 +85,7 @@ class KeySet:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, KeySet) and np.array_equal(self.array, other.array)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # how Python says unhashable
 
     def positions(self, keys: KeyArray) -> npt.NDArray[np.int64]:
         """Where each of `keys` stands in `array`, (len(keys),); -1 for those that are not in the set."""

@@ -117,7 +117,8 @@ def _numbers(column: Any) -> npt.NDArray[np.float16]:
     """A column of fixed-size lists as (rows, width)."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, column.type.list_size)  # type: ignore[no-any-return]
+    flat: npt.NDArray[np.float16] = column.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(-1, column.type.list_size)
 
 
 def sketches_table(keys: list[bytes], grad_norms: Floats, values: Mapping[str, Floats]) -> pa.Table:

@@ -4,17 +4,16 @@ Read a row of ARROWS as "modules of this room may import from these rooms"; `roo
 stands in a room, and why, is in docs/architecture.md.
 """
 
-import ast
 import re
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.code_map import ROOT, files, imports, module_in, modules, named_in_strings, needs
+
 ARROWS = {
     "params": "",
     "objectives": "",
@@ -36,49 +35,6 @@ OPEN = {"errors", "files", "progress", "workspace"}  # modules of pipeline/ itse
 ENGINES = {"vllm": "pipeline/engine/vllm_engine.py", "deepspeed": "pipeline/training/deepspeed_engine.py"}
 ENGINE_FREE = ["params", "objectives", "report", "model", "forward", "data", "sketches", "auxdpo"]
 TORCH_FREE = ["cache", "pipeline.params", "pipeline.report", "pipeline.upkeep.inspection", "pipeline.upkeep.garbage"]
-NAMED = re.compile(r"(?:cache|pipeline|stages|studies)(?:\.[A-Za-z_]\w*)+")
-
-
-def files(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).rglob("*.py"))
-
-
-def name_of(file: Path) -> str:
-    parts = file.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-@cache
-def modules() -> dict[str, Path]:
-    """Every module of the project by its dotted name."""
-    return {name_of(file): file for folder in ("cache", "pipeline", "stages", "studies") for file in files(folder)}
-
-
-def module_in(dotted: str) -> str | None:
-    """The longest beginning of `dotted` that is a module, so that `pipeline.params.Params` is pipeline.params."""
-    parts = dotted.split(".")
-    ends = range(len(parts), 0, -1)
-    return next((".".join(parts[:end]) for end in ends if ".".join(parts[:end]) in modules()), None)
-
-
-@cache
-def imports(file: Path) -> set[str]:
-    """Dotted names that `file` imports anywhere, also inside functions and for types alone."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-@cache
-def named_in_strings(file: Path) -> set[str]:
-    """Modules that `file` names in a string: to start them, to import them later, to patch them."""
-    constants = (node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant))
-    return {text for text in constants if isinstance(text, str) and NAMED.fullmatch(text)}
 
 
 def tops(file: Path) -> set[str]:
@@ -110,12 +66,7 @@ def test_rooms_import_only_what_the_map_allows(room):
 @pytest.mark.parametrize("folder", ["cache", "pipeline", "stages", "studies"])
 def test_no_module_imports_itself_by_way_of_others(folder):
     """Names in strings count: a module that starts or loads another by its name depends on it as well."""
-    graph = {
-        name: {m for m in map(module_in, imports(file) | named_in_strings(file)) if m and m != name}
-        for name, file in modules().items()
-        if name.startswith(folder)
-    }
-    # A package's __init__ that hands names on stands behind its modules; they import each other, not it.
+    graph = {name: needs(name) for name in modules() if name.startswith(folder)}
     done: set[str] = set()
 
     def visit(name: str, way: tuple[str, ...]) -> None:

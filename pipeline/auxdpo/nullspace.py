@@ -175,7 +175,8 @@ def _gram(gradients: SketchedGradients) -> Tensor:
 def _iterate(gradients: SketchedGradients, weights: Tensor, size: int) -> Tensor:
     """An orthonormal basis, (K, size), near the leading left singular vectors: block power iteration."""
     draw = torch.Generator().manual_seed(0)
-    left = torch.linalg.qr(torch.randn(gradients.sketches.shape[1], size, generator=draw).to(gradients.device)).Q
+    start = torch.randn(gradients.sketches.shape[1], size, generator=draw).to(gradients.device)
+    left: Tensor = torch.linalg.qr(start).Q
     for _ in range(ITERATIONS):
         right = torch.linalg.qr(weights * gradients.products(left)).Q
         left = torch.linalg.qr(gradients.combine(weights * right).T).Q

@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from itertools import combinations
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from pipeline.data.sources import Row
 from pipeline.data.splitting import share_of
@@ -23,6 +23,9 @@ FREE_WORDS = 10  # words a response may have before length costs reward
 
 _SFT_SHARE = 0.7  # of all possible tasks; pairs take theirs from the others
 _MAX_DRAWS = 3000  # tasks drawn in vain before giving up
+
+
+T = TypeVar("T")
 
 
 class _Draws:
@@ -45,7 +48,7 @@ class _Draws:
                 return name
         return next(reversed(weights))
 
-    def shuffled(self, items: list) -> list:
+    def shuffled(self, items: list[T]) -> list[T]:
         return [items[place] for _, place in sorted((self._source.random(), place) for place in range(len(items)))]
 
 

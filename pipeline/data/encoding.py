@@ -65,7 +65,7 @@ class Encoder:
         results: dict[tuple[Prompt, str], Encoded | Unusable] = {}
         for example in dict.fromkeys(examples):
             try:
-                texts[example] = self._render_chat(example) if self._chat else example
+                texts[example] = self._render_chat(example) if self._chat else (_plain(example[0]), example[1])
             except _Refused as error:
                 results[example] = Unusable(str(error))
         prompts = self._tokenise((prompt for prompt, _ in texts.values()), f"{label}: prompts", special=not self._chat)
@@ -95,12 +95,13 @@ class Encoder:
         from jinja2 import TemplateError, TemplateSyntaxError
 
         try:
-            return self._tokenizer.apply_chat_template(
+            text: str = self._tokenizer.apply_chat_template(
                 [message._asdict() for message in messages],
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 strftime_now=TEMPLATE_DATE.strftime,
             )
+            return text
         except TemplateSyntaxError as error:
             raise RequestError(f"prepare.chat_template: the template is not valid jinja: {error}") from None
         except TemplateError as error:
@@ -163,6 +164,11 @@ class Encoder:
         if token not in self._blank:
             self._blank[token] = not self._tokenizer.decode([token]).strip()
         return self._blank[token]
+
+
+def _plain(prompt: Prompt) -> str:
+    assert isinstance(prompt, str)  # parsed for a tokenizer without a template
+    return prompt
 
 
 def _end_tokens(tokenizer: Any) -> frozenset[int]:

@@ -73,12 +73,13 @@ def _encode(
     pairs = []
     for preference, split in labelled:
         chosen, rejected = next(encoded), next(encoded)
-        failed = next((side for side in (chosen, rejected) if isinstance(side, Unusable)), None)
-        if failed is not None and failed.prompt_too_long:
-            outcome.long_prompts.add(preference.prompt)
-            outcome.long_prompt_pairs += 1
-        elif failed is not None:
-            outcome.bad.append(BadRow(preference.where, failed.reason))
+        if isinstance(chosen, Unusable) or isinstance(rejected, Unusable):
+            failed = next(side for side in (chosen, rejected) if isinstance(side, Unusable))
+            if failed.prompt_too_long:
+                outcome.long_prompts.add(preference.prompt)
+                outcome.long_prompt_pairs += 1
+            else:
+                outcome.bad.append(BadRow(preference.where, failed.reason))
         elif np.array_equal(chosen.response_ids, rejected.response_ids):
             cut = f"after truncation to {params.max_tokens} tokens" if chosen.truncated else "as token ids"
             outcome.bad.append(BadRow(preference.where, f"chosen and rejected are identical {cut}"))

@@ -136,7 +136,8 @@ class HiddenStates(Backend):
 
     def read(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return self.head(*self._predicting(output, prompt, response)).cpu().numpy()  # type: ignore[no-any-return]
+            logps: np.ndarray = self.head(*self._predicting(output, prompt, response)).cpu().numpy()
+            return logps
 
     def read_sketch(
         self, output: Any, prompt: np.ndarray, response: np.ndarray
@@ -177,7 +178,7 @@ class HiddenStates(Backend):
 
 def computed_tokens(output: Any, prompt: np.ndarray, response: np.ndarray) -> int:
     """How many response tokens, counted from the end, the engine has an answer for: those it did not skip."""
-    skipped = output.num_cached_tokens
+    skipped: int | None = output.num_cached_tokens
     if skipped is None:  # it doesn't say; then nothing can be trusted
         return 0
     return max(0, min(len(response), len(prompt) + len(response) - 1 - skipped))

@@ -149,7 +149,8 @@ class EngineProcess:
     ) -> list[list[list[int]]]:
         """`n` sampled responses a prompt as token ids, at temperature 1, stop token included; raises as score does."""
         options = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed, "stop_token_ids": stop_token_ids}
-        return self._ask(("generate", (prompts,), options), "failed while sampling", advance)
+        answers: list[list[list[int]]] = self._ask(("generate", (prompts,), options), "failed while sampling", advance)
+        return answers
 
     def _ask(self, request: object, failed: str, advance: Advance | None) -> Any:
         """Send `request`, unless it is None, and wait for the answer."""
@@ -184,7 +185,8 @@ class EngineProcess:
                     raise self._failure(
                         f"gave no sign of life for {self._params.timeout_seconds} s (score.timeout_seconds)"
                     )
-            return self._pipe.recv()
+            message: tuple[str, Any] = self._pipe.recv()
+            return message
         except (EOFError, ConnectionResetError):
             code = self._process.wait()
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

@@ -100,7 +100,9 @@ class VLLMEngine:
             if len(logps) != len(rows[index][1]):
                 raise ValueError(f"vLLM gave log-probs for {len(logps)} of {len(rows[index][1])} response tokens")
             found[index], sketches[index] = logps, sketch
-        return found, shared, len(again), sketches
+        answered = [logps for logps in found if logps is not None]
+        assert len(answered) == len(rows)
+        return answered, shared, len(again), sketches
 
     def _answers(
         self, rows: Sequence[Row], wanted: Sequence[bool], on_finished: OnFinished | None, *, share: bool

@@ -19,7 +19,7 @@ class PairValues(NamedTuple):
     chosen_tokens: npt.NDArray[np.int64]
 
     def select(self, where: npt.NDArray[np.bool_]) -> "PairValues":
-        return PairValues(*(column[where] for column in self))
+        return PairValues(**{name: column[where] for name, column in self._asdict().items()})
 
 
 def pair_metrics(pairs: PairValues, *, beta: float) -> dict[str, float]:

@@ -41,16 +41,18 @@ def attend_at_once(
     """
     refuse_what_is_unknown(module, attention_mask, sliding_window, others | {"dropout": dropout or None})
     prompt_groups.served.add(id(module))
-    kernel = compiled() if query.is_cuda else flex_attention
+    kernel: Any = compiled() if query.is_cuda else flex_attention
     mask = prompt_groups.block_mask(prompt_groups.window(sliding_window))
-    found = kernel(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True, kernel_options=_KERNEL)
+    found: Tensor = kernel(query, key, value, block_mask=mask, scale=scaling, enable_gqa=True, kernel_options=_KERNEL)
     return found.transpose(1, 2), None
 
 
 @cache
 def compiled() -> Callable[..., Tensor]:
     # fullgraph: what can't be compiled is an error, where PyTorch would go on with all scores in memory.
-    return torch.compile(flex_attention, fullgraph=True, recompile_limit=_VARIANTS)
+    options: dict[str, Any] = {"fullgraph": True, "recompile_limit": _VARIANTS}  # the stubs lack the second
+    made: Callable[..., Tensor] = torch.compile(flex_attention, **options)
+    return made
 
 
 AttentionInterface.register(FLEX, attend_at_once)

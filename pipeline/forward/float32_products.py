@@ -7,6 +7,7 @@ AVX512-BF16 or AMX), however cheap the conversion.
 
 import functools
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,8 +69,8 @@ class _Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not wants_float32(self.weight) or input.dtype != self.weight.dtype:
             return super().forward(input)
-        found: Tensor = _Float32Linear.apply(input, self.weight, self.bias)
-        return found
+        apply: Callable[..., Tensor] = _Float32Linear.apply
+        return apply(input, self.weight, self.bias)
 
 
 class _Float32Linear(torch.autograd.Function):
@@ -81,7 +82,7 @@ class _Float32Linear(torch.autograd.Function):
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         wide = grad.float()
         for_x = (wide @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None

@@ -1,12 +1,13 @@
 """Log-probs of given tokens from hidden states, without all logits in memory at once, forwards and backwards."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.forward.float32_products import add_mm, mm
-from pipeline.model.parts import causal_model
+from pipeline.model.parts import causal_model, text_config
 
 # Bytes of float32 logits that exist at once where nobody says how many tokens that is.
 LOGIT_BYTES = 64 << 20
@@ -26,7 +27,7 @@ class ChunkedHead(nn.Module):
         self.weight, self.bias = output.weight, output.bias
         self.in_place = False  # see ResponseLogps.accumulate_in_place
         self._gradient: Tensor | None = None
-        config = model.config.get_text_config()
+        config = text_config(model)
         self.chunk_tokens = chunk_tokens or max(1, LOGIT_BYTES // (4 * config.vocab_size))
         # The three ways in which transformers' architectures alter logits after the head.
         self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2, 3
@@ -35,9 +36,9 @@ class ChunkedHead(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probs of targets (T,) after hidden (T, width): (T,) float32 (float64 in float64), nats."""
-        apply = _FrozenTokenLogps.apply if self._frozen() and hidden.requires_grad else _TokenLogps.apply
-        found: Tensor = apply(hidden, self.weight, self.bias, targets, self)
-        return found
+        kind = _FrozenTokenLogps if self._frozen() and hidden.requires_grad else _TokenLogps
+        apply: Callable[..., Tensor] = kind.apply
+        return apply(hidden, self.weight, self.bias, targets, self)
 
     def _frozen(self) -> bool:
         trained = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
@@ -107,7 +108,7 @@ class _TokenLogps(torch.autograd.Function):
         return torch.cat(logps)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         hidden, targets, totals = ctx.saved_tensors
         head: ChunkedHead = ctx.head
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
@@ -153,7 +154,7 @@ class _FrozenTokenLogps(torch.autograd.Function):
         return torch.cat(logps)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slopes,) = ctx.saved_tensors
         return (slopes * grad[:, None]).to(slopes.dtype), None, None, None, None
 

@@ -7,16 +7,18 @@ made-up sequences with them and without, and hidden states and gradients must ag
 import os
 import sys
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import is_liger_kernel_available
+from transformers import PreTrainedModel
+from transformers.utils.import_utils import is_liger_kernel_available
 
 from pipeline.errors import RequestError
 from pipeline.forward.flex_attention import FLEX
 from pipeline.forward.layout import made_up, stand_in
 from pipeline.forward.logps import ResponseLogps, TokenBatch, collate, pack
-from pipeline.model.parts import causal_model, has_dropout
+from pipeline.model.parts import causal_model, has_dropout, text_config
 from pipeline.params import LoopParams
 
 # How far from float32 kernels may be, as a share of the norm: so far, or so many times as far as what they replace.
@@ -44,11 +46,11 @@ def choose_kernels(model: nn.Module, layout: str, loop: LoopParams) -> dict[str,
     return chosen
 
 
-def use_flex(model: nn.Module) -> None:
+def use_flex(model: PreTrainedModel) -> None:
     model.set_attn_implementation(FLEX)
 
 
-def use_liger(model: nn.Module) -> None:
+def use_liger(model: PreTrainedModel) -> None:
     """Liger's norms, MLPs and rotary positions; NotImplementedError for an architecture without any.
 
     Not its fused cross-entropy: objectives need a log-prob of every token where that gives one loss, and
@@ -72,7 +74,7 @@ def _wanted(setting: str, choice: str, name: str, problem: Callable[[], str | No
     return found is None
 
 
-def _flex_problem(model: nn.Module, layout: str, dtype: str) -> str | None:
+def _flex_problem(model: PreTrainedModel, layout: str, dtype: str) -> str | None:
     if layout == "padded":
         return "the layout is padded"
     if not torch.cuda.is_available():
@@ -82,7 +84,7 @@ def _flex_problem(model: nn.Module, layout: str, dtype: str) -> str | None:
     return fault_of(model, use_flex, layout, dtype)
 
 
-def _liger_problem(model: nn.Module, layout: str, dtype: str) -> str | None:
+def _liger_problem(model: PreTrainedModel, layout: str, dtype: str) -> str | None:
     if not is_liger_kernel_available():
         return "it is not installed; run `pip install liger-kernel`"
     if not torch.cuda.is_available():
@@ -96,13 +98,14 @@ def _liger_problem(model: nn.Module, layout: str, dtype: str) -> str | None:
     return found
 
 
-def fault_of(model: nn.Module, change: Callable[[nn.Module], None], layout: str, dtype: str) -> str | None:
+def fault_of(model: PreTrainedModel, change: Callable[[PreTrainedModel], None], layout: str, dtype: str) -> str | None:
     """What is wrong with a stand-in of `model` after `change`, None if it answers as before but for rounding."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
         batches = [batch.to(device) for batch in _batches(model, layout)]
-        made = stand_in(model).to(device, getattr(torch, dtype))
+        made: Any = stand_in(model)
+        made = made.to(device, getattr(torch, dtype))
         exact = [part for batch in batches for part in answers(made.float(), batch)]
         before = [part for batch in batches for part in answers(made.to(getattr(torch, dtype)), batch)]
         change(made)
@@ -116,15 +119,16 @@ def fault_of(model: nn.Module, change: Callable[[nn.Module], None], layout: str,
     return None
 
 
-def _batches(model: nn.Module, layout: str) -> list[TokenBatch]:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+def _batches(model: PreTrainedModel, layout: str) -> list[TokenBatch]:
+    most = getattr(text_config(model), "max_position_embeddings", None) or sys.maxsize
     cases = [made_up(min(scale, max(1, most // 16))) for scale in _SCALES]
     return [collate(sequences) if layout == "padded" else pack(sequences, prompts) for sequences, prompts in cases]
 
 
-def answers(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+def answers(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Final hidden states (T, width), and the gradient of a sum of them, weighed at random, by the embeddings."""
     states = ResponseLogps(model, None).states(batch.input_ids, batch.places, batch.position_ids, batch.groups).float()
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.device)
-    (gradient,) = torch.autograd.grad((states * weights).sum(), model.get_input_embeddings().weight)
+    embeddings = cast(nn.Embedding, model.get_input_embeddings())
+    (gradient,) = torch.autograd.grad((states * weights).sum(), embeddings.weight)
     return states.detach(), gradient.float()

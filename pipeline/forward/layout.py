@@ -7,16 +7,16 @@ distinct response, one after another. shared_prompts: every prompt once, before 
 import copy
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from pipeline.errors import RequestError
 from pipeline.forward.logps import ResponseLogps, TokenBatch, collate, pack
 from pipeline.forward.prompt_groups import UnsupportedAttention, attend
-from pipeline.model.parts import causal_model
+from pipeline.model.parts import causal_model, text_config
 
 ATTENTION = "refcache_prompt_groups"  # its name among transformers' attention implementations
 # Frequencies that change with the longest sequence at hand; a run has another one than each of its sequences.
@@ -49,8 +49,8 @@ def choose_layout(model: nn.Module, wanted: str, *, best: str) -> str:
     return "padded"
 
 
-def _problem(model: nn.Module) -> str | None:
-    rope = _rope_types(getattr(model.config.get_text_config(), "rope_parameters", None))
+def _problem(model: PreTrainedModel) -> str | None:
+    rope = _rope_types(getattr(text_config(model), "rope_parameters", None))
     if rope & _LENGTH_DEPENDENT_ROPE:
         return f"its rotary frequencies ({', '.join(sorted(rope))}) depend on the longest sequence"
     try:
@@ -67,7 +67,7 @@ def _problem(model: nn.Module) -> str | None:
         return str(e) or type(e).__name__
 
 
-def stand_in(model: nn.Module) -> nn.Module:
+def stand_in(model: PreTrainedModel) -> PreTrainedModel:
     """The architecture with few layers, but one of each kind, few tokens, a short window and random weights; on CPU.
 
     The model itself is large, and under ZeRO-3 no rank has all of it.
@@ -86,8 +86,8 @@ def stand_in(model: nn.Module) -> nn.Module:
     text.pad_token_id = text.bos_token_id = text.eos_token_id = None
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made: nn.Module = type(model)(config)
-    return made.float().eval()
+        made = type(model)(config)
+    return cast(PreTrainedModel, made.float().eval())
 
 
 def _rope_types(parameters: Any) -> set[str]:
@@ -98,7 +98,7 @@ def _rope_types(parameters: Any) -> set[str]:
 
 
 @torch.no_grad()
-def _fault_of(model: nn.Module) -> str | None:
+def _fault_of(model: PreTrainedModel) -> str | None:
     sequences, prompts = made_up()
     logps = ResponseLogps(model, None)
     padded = _in_order(logps, collate(sequences))
@@ -106,7 +106,7 @@ def _fault_of(model: nn.Module) -> str | None:
     run = pack(sequences, prompts)
     packed = _in_order(logps, run)
     assert run.groups is not None
-    layers = model.config.get_text_config().num_hidden_layers
+    layers = text_config(model).num_hidden_layers
     if len(run.groups.served) != layers:
         return f"{len(run.groups.served)} of its {layers} layers use transformers' attention interface"
     difference = float((packed - padded).abs().max() / padded.abs().max())

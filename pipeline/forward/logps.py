@@ -31,7 +31,8 @@ class TokenBatch(NamedTuple):
     groups: PromptGroups | None = None
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        return TokenBatch(*(part if part is None else part.to(device) for part in self))
+        moved: list[Any] = [part if part is None else part.to(device) for part in self]
+        return TokenBatch(*moved)
 
 
 def collate(sequences: Sequence[tuple[Tokens, Tokens]]) -> TokenBatch:
@@ -113,7 +114,7 @@ class ResponseLogps(nn.Module):
         tied = isinstance(embedding, nn.Embedding) and embedding.weight is self.head.weight
         # The rows of the tokens at hand, onto the head's gradient, which is there before. On GPUs in no fixed order.
         if tied and embedding.weight.device.type == "cpu":
-            embedding.sparse = True
+            embedding.sparse = True  # type: ignore[assignment]  # stubs: modules hold tensors and modules
 
     def forward(
         self,
@@ -124,7 +125,8 @@ class ResponseLogps(nn.Module):
         position_ids: Tensor | None = None,
         groups: PromptGroups | None = None,
     ) -> Tensor:
-        return self.head(self.states(input_ids, places, position_ids, groups), targets)
+        found: Tensor = self.head(self.states(input_ids, places, position_ids, groups), targets)
+        return found
 
     def states(
         self, input_ids: Tensor, places: Tensor, position_ids: Tensor | None, groups: PromptGroups | None
@@ -134,7 +136,7 @@ class ResponseLogps(nn.Module):
         # No attention mask for padded rows: padding is on the right and attention is causal, so no real token ever
         # sees a pad.
         packed: dict[str, Any] = {} if groups is None else {"position_ids": position_ids, "prompt_groups": groups}
-        hidden = decoder(input_ids=input_ids, use_cache=False, **packed).last_hidden_state
+        hidden: Tensor = decoder(input_ids=input_ids, use_cache=False, **packed).last_hidden_state
         # index_select: the last prompt token serves all its responses, and repeated indices are slow otherwise.
         return hidden.flatten(0, 1).index_select(0, places)
 

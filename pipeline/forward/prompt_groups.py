@@ -74,7 +74,8 @@ class PromptGroups:
             if window is not None:
                 sees &= (position[:, :, None] - position[:, None, :] < window) | (part[:, :, None] < 0)
             self._masks[key] = _additive(sees[None].to(self.device), dtype)
-        return self._masks[key]
+        mask: Tensor = self._masks[key]
+        return mask
 
     def response_mask(self, prompt: int, response: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """(response, prompt + response), zero or -inf: causal, the response at the end, `window` tokens back."""
@@ -82,7 +83,8 @@ class PromptGroups:
         if key not in self._masks:
             sees = torch.ones(response, prompt + response, dtype=torch.bool, device=self.device).tril(prompt)
             self._masks[key] = _additive(sees if window is None else sees.triu(prompt - window + 1), dtype)
-        return self._masks[key]
+        mask: Tensor = self._masks[key]
+        return mask
 
     @cached_property
     def pieces(self) -> Tensor:
@@ -98,7 +100,7 @@ class PromptGroups:
         """Of the whole run, for FlexAttention. Made of all pairs of tokens, L x L bytes that are freed again."""
         key = ("blocks", window)
         if key not in self._masks:
-            own, prompt, position = self.pieces
+            own, prompt, position = self.pieces.unbind()
             # A tensor, not the number: kernels are compiled anew for other numbers.
             hidden = position - (len(position) if window is None else window)
 
@@ -107,7 +109,8 @@ class PromptGroups:
                 return related & (column <= row) & (position[column] > hidden[row])
 
             self._masks[key] = create_block_mask(sees, None, None, len(own), len(own), self.device)
-        return self._masks[key]
+        mask: BlockMask = self._masks[key]
+        return mask
 
 
 def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,8 +148,8 @@ def attend(
     key, value = (part.repeat_interleave(heads_per_key, dim=1) for part in (key, value))
     window = prompt_groups.window(sliding_window)
 
-    def kernel(*qkv: Tensor, **options: Any) -> Tensor:
-        return F.scaled_dot_product_attention(*qkv, scale=scaling, dropout_p=dropout, **options)
+    def kernel(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, scale=scaling, dropout_p=dropout, **options)
 
     n_small = prompt_groups.n_small
     outputs = []

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.errors import RequestError
 from pipeline.forward.head import ChunkedHead
@@ -56,11 +56,11 @@ def head_parameters(model: Path, *, trust_remote_code: bool = False) -> HeadPara
     return HeadParameters(names, output.weight is shell.get_input_embeddings().weight)
 
 
-def _shell(model: Path, trust_remote_code: bool) -> tuple[nn.Module, nn.Linear]:
+def _shell(model: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, nn.Linear]:
     """The model without storage, and its head. Raises ValueError for a head that is not one linear layer."""
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        shell: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     output = shell.get_output_embeddings()
     if not isinstance(output, nn.Linear):
         raise ValueError(f"{model}: the output head is a {type(output).__name__}, expected nn.Linear")

@@ -2,10 +2,11 @@
 
 import shutil
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import RequestError
 from pipeline.model.merged_adapter import merge_adapter
@@ -17,8 +18,9 @@ def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> nn
     """The model that sft starts from, float32: a hub or local model, or random weights of the tokenizer's size."""
     if params.scratch is not None:
         return _from_scratch(params.scratch, tokenizer)
+    assert params.name is not None  # ModelParams sees to it
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             params.name, revision=params.revision, trust_remote_code=params.trust_remote_code, dtype=torch.float32
         )
     except (OSError, ValueError) as error:
@@ -26,7 +28,7 @@ def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> nn
     if params.adapter is not None:
         failed = f"model.adapter {params.adapter!r} can't be merged into model.name {params.name!r}"
         model = merge_adapter(model, params.adapter, failed=failed)
-    size = model.get_input_embeddings().num_embeddings
+    size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > size:
         raise RequestError(
             f"model.name {params.name!r} has {size} embeddings, its tokenizer {len(tokenizer)} tokens. "
@@ -60,7 +62,8 @@ def _from_scratch(scratch: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> 
     )
     with torch.random.fork_rng():
         torch.manual_seed(scratch.seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return made
 
 
 def save_model(model: nn.Module, state: dict[str, Tensor], tokenizer: Path, out: Path) -> None:
@@ -68,7 +71,8 @@ def save_model(model: nn.Module, state: dict[str, Tensor], tokenizer: Path, out:
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    model.save_pretrained(building, state_dict=state, safe_serialization=True)
+    # peft's wrapper has the same method, and writes the adapter alone.
+    cast(PreTrainedModel, model).save_pretrained(building, state_dict=state, safe_serialization=True)
     if causal_model(model) is model:
         copy_tokenizer(tokenizer, building)
     shutil.rmtree(out, ignore_errors=True)

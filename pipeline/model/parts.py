@@ -1,18 +1,29 @@
 """Where the parts of a transformers causal language model are, whatever its architecture and wrapping call them."""
 
+from typing import TYPE_CHECKING, cast
+
 from torch import nn
 
 from pipeline.errors import RequestError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-def causal_model(model: nn.Module) -> nn.Module:
+
+def causal_model(model: nn.Module) -> "PreTrainedModel":
     """The transformers model itself, out of its peft wrapper if it has one (peft injects its layers in place)."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap = getattr(model, "get_base_model", None)
+    return cast("PreTrainedModel", model if unwrap is None else unwrap())
+
+
+def text_config(model: nn.Module) -> "PreTrainedConfig":
+    """The language model's own config, which multimodal architectures keep inside theirs."""
+    return causal_model(model).config.get_text_config()
 
 
 def transformer_blocks(model: nn.Module) -> nn.ModuleList:
     """The model's list of blocks, whatever its architecture calls it."""
-    expected = model.config.get_text_config().num_hidden_layers
+    expected = text_config(model).num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == expected:
             return module
@@ -33,7 +44,7 @@ def disable_dropout(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]  # stubs: modules hold tensors and modules
     return model
 
 

@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from pipeline.errors import RequestError
-from pipeline.model.parts import canonical_name, transformer_blocks
+from pipeline.model.parts import canonical_name, causal_model, transformer_blocks
 from pipeline.params import LastFraction, Lora, Trainable
 
 
@@ -22,7 +22,7 @@ def select_trainable(model: nn.Module, trainable: Trainable) -> nn.Module:
         return model.requires_grad_(True)
     model.requires_grad_(False)
     if trainable == "head":
-        model.get_output_embeddings().requires_grad_(True)
+        causal_model(model).get_output_embeddings().requires_grad_(True)
         return model
     blocks = transformer_blocks(model)
     count = math.ceil(trainable.last_fraction * len(blocks)) if isinstance(trainable, LastFraction) else 1

@@ -12,7 +12,6 @@ from cache import (
     Journal,
     Keys,
     KeySet,
-    Reference,
     RowSource,
     StoredRows,
     publish_rows,
@@ -58,7 +57,7 @@ def recorded_rows(out: Path, reference_id: str) -> set[bytes]:
     return {bytes.fromhex(key) for key in content.get("rescored_keys", [])}
 
 
-def adopt(keys: Collection[bytes], journal: Journal, published: Reference) -> None:
+def adopt(keys: Collection[bytes], journal: Journal, published: StoredRows) -> None:
     """Copy those of `keys` that `published` has and the journal of rescored rows lacks from the one to the other.
 
     In a clone that scored this reference itself, the engine's journalled rows would otherwise come back.

@@ -79,7 +79,7 @@ def learning_curve(panel: Panel, palette: dict[str, str], *, points: int) -> Spe
         "mark": {"type": "line", "strokeWidth": 1, "opacity": 0.22},
         "encoding": {"y": {"field": "value", **y}, **_line_encoding(metrics, palette)},
     }
-    layers = [faint, bold, *_reading_line(panel, list(palette), points)]
+    layers: list[Spec] = [faint, bold, *_reading_line(panel, list(palette), points)]
     return _spec(
         layers if half else layers[1:],
         table="curves",

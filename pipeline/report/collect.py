@@ -161,7 +161,7 @@ def summarise(phase_1: Mapping[str, Figures], cells: Sequence[Cell], title: str)
     """What summary.json holds; values that are NaN or infinite become null."""
     score = phase_1["score"]
     variants = list(dict.fromkeys(cell.variant for cell in cells))
-    return _finite(
+    figures: Figures = _finite(
         {
             "format_version": 1,
             "title": title,
@@ -180,6 +180,7 @@ def summarise(phase_1: Mapping[str, Figures], cells: Sequence[Cell], title: str)
             },
         }
     )
+    return figures
 
 
 def _statistics(cells: Sequence[Cell]) -> Figures:

@@ -170,8 +170,7 @@ def cell_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _with_bounds(name: str, value: float | None, error: float | None) -> dict[str, float | None]:
-    known = value is not None and error is not None
-    low, high = (value - error, value + error) if known else (value, value)
+    low, high = (value, value) if value is None or error is None else (value - error, value + error)
     return {name: value, f"{name}_standard_error": error, f"{name}_low": low, f"{name}_high": high}
 
 

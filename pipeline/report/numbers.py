@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jinja2
 
@@ -11,7 +11,7 @@ MINUS = "−"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -57,11 +57,11 @@ def show_statistic(statistic: Any, kind: str = "number") -> str:
         return DASH
     mean, deviation = statistic.get("mean"), statistic.get("standard_deviation")
     if not _is_number(mean) or not _is_number(deviation):
-        return FILTERS[kind](mean)
+        return show_as(mean, kind)
     if kind == "share":
         return f"{100 * mean:.1f} ± {100 * deviation:.1f} %".replace("-", MINUS)
     if kind != "number" or not 1e-3 <= abs(mean) < 1e9:
-        return f"{FILTERS[kind](mean)} ± {FILTERS[kind](deviation)}"
+        return f"{show_as(mean, kind)} ± {show_as(deviation, kind)}"
     # The deviation says how many digits of the mean mean anything; never more than three.
     decimals = 2 - _magnitude(mean)
     if deviation > 0:
@@ -76,7 +76,7 @@ def _magnitude(value: float) -> int:
 
 def show_as(value: Any, kind: str) -> str:
     """`value` in the format of that name."""
-    return FILTERS[kind](value)
+    return str(FILTERS[kind](value))
 
 
 def total(values: Iterable[Any]) -> float | None:

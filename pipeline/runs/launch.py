@@ -128,7 +128,8 @@ def _outcome(work: Path, returncode: int, log: Path) -> dict[str, Any]:
         raise {"RequestError": RequestError, "RunFailed": RunFailed}[found["kind"]](found["message"])
     summary = work / SUMMARY
     if returncode == 0 and summary.exists():
-        return json.loads(summary.read_text())
+        content: dict[str, Any] = json.loads(summary.read_text())
+        return content
     steps = complete_checkpoints(work / "checkpoints")
     newest = f"the checkpoint of step {steps[-1]}" if steps else "the beginning, since there is no checkpoint yet"
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])

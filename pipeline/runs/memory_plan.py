@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from pipeline.auxdpo.rank_share import planned_bytes
 from pipeline.forward.head import ChunkedHead
 from pipeline.forward.layout import ATTENTION
 from pipeline.forward.logps import ResponseLogps, TokenBatch
+from pipeline.model.parts import causal_model, text_config
 from pipeline.model.trainable import select_trainable
 from pipeline.params import AnyVariant, AuxDPO, LoopParams, Trainable
 from pipeline.training.batches import batch_indices, micro_batches, steps_for
@@ -112,9 +113,12 @@ class _Sizes:
         self.all = sum(p.numel() for p in parameters)
         self.trained = sum(p.numel() for p in parameters if p.requires_grad)
         self.bytes = parameters[0].dtype.itemsize
-        output, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        inner = causal_model(model)
+        output, embedding = (
+            cast(nn.Parameter, part.weight) for part in (inner.get_output_embeddings(), inner.get_input_embeddings())
+        )
         self.tied = output is embedding
-        self.output, self.embedding = (int(w.numel()) if w.requires_grad else 0 for w in (output, embedding))
+        self.output, self.embedding = (w.numel() if w.requires_grad else 0 for w in (output, embedding))
 
 
 def _states(sizes: _Sizes, loop: LoopParams) -> dict[str, int]:
@@ -191,6 +195,7 @@ def _activations(logps: ResponseLogps, tokens: TokenBatch, *, checkpointing: boo
     whole = sum(kept.values())
     if not checkpointing:
         return whole
-    config = logps.model.config.get_text_config()
-    inputs = tokens.input_ids.numel() * config.hidden_size * logps.head.weight.dtype.itemsize
-    return inputs * config.num_hidden_layers + whole // config.num_hidden_layers
+    config = text_config(logps.model)
+    inputs: int = tokens.input_ids.numel() * config.hidden_size * logps.head.weight.dtype.itemsize
+    layers: int = config.num_hidden_layers
+    return inputs * layers + whole // layers

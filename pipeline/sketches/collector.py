@@ -63,6 +63,9 @@ class _Observed(torch.autograd.Function):
         return None, None, None
 
 
+_observe: Callable[[Tensor, Tensor, Callable[[Tensor], None]], Tensor] = _Observed.apply
+
+
 class GradientCollector:
     """Takes apart, by example, the gradient of each response's summed log-prob; a context manager.
 
@@ -109,9 +112,10 @@ class GradientCollector:
         if hidden.requires_grad:
             hidden.backward(gradient)
         self._check(hidden)
-        *values, audit = [{group: v.cpu() for group, v in sums.result().items()} for sums in self.sums]
+        values, audit = ({group: v.cpu() for group, v in sums.result().items()} for sums in self.sums)
         norms = self.squared.clamp(min=0).sqrt().float().cpu()
-        return Sketched(values[0], *audit.values(), norms, sum_logp.cpu())
+        (audited,) = audit.values()
+        return Sketched(values, audited, norms, sum_logp.cpu())
 
     def _check(self, hidden: Tensor) -> None:
         wrong = [name for name, p in self.parts.parameters.items() if p.grad is not None]
@@ -200,10 +204,11 @@ class GradientCollector:
 
     def embedding(self, layer: Layer, ids: Tensor, delta: Tensor) -> None:
         """ids: (n, T); delta: (n, T, width), the gradient of the rows that were looked up."""
-        name, size = layer.names["weight"], layer.module.num_embeddings
+        name, module = layer.names["weight"], layer.module
+        assert isinstance(module, nn.Embedding)
         delta = delta.float()
-        if layer.module.padding_idx is not None:  # torch gives that row no gradient
-            delta = delta * (ids != layer.module.padding_idx)[..., None]
+        if module.padding_idx is not None:  # torch gives that row no gradient
+            delta = delta * ids.ne(module.padding_idx)[..., None]
         for row in range(self.n):
             self.squared[row] += lookup_squared_norm(ids[row], delta[row])
             if name == self.parts.tied:
@@ -211,7 +216,7 @@ class GradientCollector:
                 at_ids, inputs = self._crossed[row]
                 self.squared[row] += 2 * (at_ids * (inputs @ delta[row].T)).sum(dtype=torch.float64)
             for sums in self.sums:
-                sums.lookup(name, size, ids[row], delta[row], row)
+                sums.lookup(name, module.num_embeddings, ids[row], delta[row], row)
         self.visits[name] += 1
 
     def refusal(self, module: nn.Module, x: Tensor) -> RunFailed:
@@ -230,12 +235,13 @@ def _forward_of(layer: Layer, collector: GradientCollector) -> Callable[..., Ten
         def record(delta: Tensor, x: Tensor) -> None:
             collector.linear(layer, delta, x)
 
-        return lambda x: _Linear.apply(x, module.weight, module.bias, record)
+        linear: Callable[..., Tensor] = _Linear.apply
+        return lambda x: linear(x, module.weight, module.bias, record)
     return lambda x: _norm_forward(layer, collector, x)
 
 
 def _embedding_forward(layer: Layer, collector: GradientCollector, ids: Tensor) -> Tensor:
-    module = layer.module
+    module: Any = layer.module
     if ids.shape != collector.ids.shape:  # learned positions, say, which are looked up once for the whole batch
         raise collector.refusal(module, ids)
     scale = getattr(module, "embed_scale", None)
@@ -245,29 +251,30 @@ def _embedding_forward(layer: Layer, collector: GradientCollector, ids: Tensor) 
     def record(delta: Tensor) -> None:
         collector.embedding(layer, ids, delta if scale is None else delta * scale.to(delta.dtype))
 
-    return _Observed.apply(module.weight, looked_up, record)
+    return _observe(module.weight, looked_up, record)
 
 
 def _norm_forward(layer: Layer, collector: GradientCollector, x: Tensor) -> Tensor:
     """The norm with every vector of its own repeated for each example, so that autograd sums over the tokens only."""
-    module = layer.module
+    module: Any = layer.module
     if len(x) != collector.n:
         raise collector.refusal(module, x)
-    own = {}
+    own: dict[str, Tensor] = {}
     for attribute, parameter in module.named_parameters(recurse=False):
         repeated = parameter.detach().expand(len(x), *[1] * (x.dim() - 2), -1)
         if attribute in layer.names:
-            repeated = _Observed.apply(parameter, repeated, _vector_record(layer.names[attribute], collector))
+            repeated = _observe(parameter, repeated, _vector_record(layer.names[attribute], collector))
         own[attribute] = repeated
     if type(module).forward is nn.LayerNorm.forward:
-        normed = F.layer_norm(x, module.normalized_shape, None, None, module.eps) * own["weight"]
+        normed: Tensor = F.layer_norm(x, module.normalized_shape, None, None, module.eps) * own["weight"]
         return normed + own["bias"] if "bias" in own else normed
     if type(module).forward is nn.RMSNorm.forward:
         return F.rms_norm(x, module.normalized_shape, None, module.eps) * own["weight"]
     parameters = dict(module._parameters)
     try:
         module._parameters.update(own)
-        return type(module).forward(module, x)
+        found: Tensor = type(module).forward(module, x)
+        return found
     finally:
         module._parameters.update(parameters)
 

@@ -41,7 +41,8 @@ def find_trained(model: nn.Module) -> TrainedParts:
     if not parameters:
         raise RequestError("trainable: no parameter of the model trains, so there is no gradient to sketch.")
     name_of = {id(parameter): name for name, parameter in parameters.items()}
-    output, embeddings = causal_model(model).get_output_embeddings(), model.get_input_embeddings()
+    inner = causal_model(model)
+    output, embeddings = inner.get_output_embeddings(), inner.get_input_embeddings()
     layers, head, bad = [], {}, []
     for path, module in model.named_modules():
         own = module.named_parameters(recurse=False)

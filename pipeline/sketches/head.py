@@ -36,7 +36,8 @@ class HeadSketcher:
         """hidden: (T, width), the states before the response's tokens; targets: (T,), these. Log-probs (T,), nats."""
         sums = {purpose: self._sums(purpose) for purpose in self._sizes}
         weight, bias = self.names["weight"], self.names.get("bias")
-        by_tokens = by_tokens_is_cheaper(len(targets), *self.head.weight.shape, [*self._sizes.values()])
+        n_out, n_in = self.head.weight.shape
+        by_tokens = by_tokens_is_cheaper(len(targets), n_out, n_in, [*self._sizes.values()])
         # Products between tokens of different chunks would need all their probabilities at once.
         whole = by_tokens and len(targets) <= self.head.chunk_tokens
         gradient = None if whole else torch.zeros_like(self.head.weight)

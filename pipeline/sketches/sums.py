@@ -22,7 +22,9 @@ FindHash = Callable[[str, str, int], AxisHash]  # (canonical name, axis, size)
 class Sums(Protocol):
     """Adds up gradients of one batch by parameter group. rows: the examples of the batch that an argument is of."""
 
-    k: int | None  # of every group; None where only `matrix` is understood, not `outer`
+    @property
+    def k(self) -> int | None:
+        """Numbers of every group; None where only `matrix` is understood, not `outer`."""
 
     def outer(self, name: str, delta: Tensor, x: Tensor, rows: slice) -> None:
         """Add sum_t delta_t (x) x_t."""
@@ -110,7 +112,7 @@ def _count_sketch(values: Tensor, axis: AxisHash, k: int) -> Tensor:
 class ExactSums:
     """The gradients themselves: of each group, its parameters one after the other, each row by row."""
 
-    k = None
+    k: int | None = None
 
     def __init__(
         self, groups: Mapping[str, str], shapes: Mapping[str, torch.Size], n: int, device: torch.device

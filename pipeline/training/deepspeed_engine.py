@@ -37,7 +37,8 @@ class Engine:
         self._grad_norm = 0.0
 
     def __call__(self, *args: Any) -> Tensor:
-        return self.engine(*args)
+        found: Tensor = self.engine(*args)
+        return found
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """loss: this micro-batch's share of the batch loss; shares of all ranks and micro-batches add up to it.
@@ -166,8 +167,7 @@ def divided_from_the_start(loop: LoopParams, *, micro_steps: int) -> Iterator[No
     if loop.zero_stage != 3:
         yield
         return
-    from transformers.integrations import HfDeepSpeedConfig
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     init_distributed()
     in_force = HfDeepSpeedConfig(_config(loop, micro_steps, dist.get_world_size()))  # transformers holds it weakly
@@ -184,7 +184,8 @@ def leave_distributed() -> None:
 
 def _whole(parameter: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
     if hasattr(parameter, "ds_id"):
-        return deepspeed.zero.GatheredParameters([parameter])
+        gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter])
+        return gathered
     return contextlib.nullcontext()
 
 

@@ -16,7 +16,7 @@ from pipeline.forward.kernels import choose_kernels
 from pipeline.forward.layout import choose_layout
 from pipeline.forward.logps import ResponseLogps, sequence_sums
 from pipeline.model.folders import load_policy_start
-from pipeline.model.parts import disable_dropout
+from pipeline.model.parts import causal_model, disable_dropout
 from pipeline.model.trainable import select_trainable
 from pipeline.objectives import OBJECTIVES, PairLogps
 from pipeline.params import AuxDPO, LoopParams, Trainable
@@ -123,7 +123,7 @@ def start(job: Job, loop: LoopParams) -> TrainingRun:
         model = load_policy_start(Path(job.paths["model"]))
     model = select_trainable(model, trainable)
     if loop.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        causal_model(model).gradient_checkpointing_enable({"use_reentrant": False})
     layout = choose_layout(disable_dropout(model), loop.layout, best="shared_prompts")
     kernels = choose_kernels(model, layout, loop)
     model.train()

@@ -11,6 +11,7 @@ from pipeline.forward.kernels import choose_kernels
 from pipeline.forward.layout import choose_layout
 from pipeline.forward.logps import ResponseLogps, collate, pack
 from pipeline.model.folders import initial_model
+from pipeline.model.parts import causal_model
 from pipeline.model.tokenizer import open_prepared_tokenizer
 from pipeline.params import LoopParams, ModelParams
 from pipeline.training.deepspeed_engine import Engine, divided_from_the_start
@@ -57,7 +58,7 @@ def start(job: Job, loop: LoopParams) -> TrainingRun:
     with nullcontext() if whole else divided_from_the_start(loop, micro_steps=micro_steps_for(loop)):
         model = initial_model(params, tokenizer)
     if loop.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        causal_model(model).gradient_checkpointing_enable({"use_reentrant": False})
     layout = choose_layout(model, loop.layout, best="packed")
     kernels = choose_kernels(model, layout, loop)
     model.train()

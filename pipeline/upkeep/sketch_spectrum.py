@@ -26,7 +26,8 @@ class Spectrum(NamedTuple):
 
     def tail(self, rank: int) -> tuple[float, float]:
         """Share of the energy outside the leading `rank` directions, as the sketch has it and as the audit does."""
-        return tuple(float(each[rank:].sum() / each.sum()) if each.any() else 0.0 for each in self)  # type: ignore[return-value]
+        sketch, audit = (float(each[rank:].sum() / each.sum()) if each.any() else 0.0 for each in self)
+        return sketch, audit
 
 
 def decompose(gram: Array, audit: Array) -> Spectrum:

@@ -50,7 +50,7 @@ def _short(value: float) -> float:
 
 def _panel(title: str, metric: str, differ: bool, classes: Sequence[PolicyClass], variants: Sequence[str]) -> Spec:
     palette = colours(variants)
-    x = {"field": "class", "type": "nominal", "sort": [each.title for each in classes], "title": None}
+    x: Spec = {"field": "class", "type": "nominal", "sort": [each.title for each in classes], "title": None}
     x["axis"] = {"labelAngle": -20, "labelLimit": 140}
     beside = {"field": "variant", "type": "nominal", "sort": list(variants), "scale": {"domain": list(variants)}}
     scale = {"domain": list(palette), "range": list(palette.values())}

@@ -105,7 +105,7 @@ def true_rewards(prompts: list[str], answers: "Tensor", scale: Scale) -> list[fl
     n = scale.settings.samples_per_prompt
     texts = scale.tokenizer.batch_decode([ended(row, scale.stop) for row in answers.tolist()], skip_special_tokens=True)
     values = [true_reward(prompts[row // n], text) for row, text in enumerate(texts)]
-    return np.reshape(values, (-1, n)).mean(axis=1).tolist()
+    return [float(mean) for mean in np.reshape(values, (-1, n)).mean(axis=1)]
 
 
 def ended(answer: list[int], stop: list[int]) -> list[int]:

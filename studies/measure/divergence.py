@@ -156,7 +156,8 @@ def _next_token_divergences(policy: Any, reference: Any, ids: "Tensor", mask: "T
         .log_softmax(-1)
         for model in (policy, reference)
     )
-    return (ours.exp() * (ours - theirs)).sum(-1)
+    found: Tensor = (ours.exp() * (ours - theirs)).sum(-1)
+    return found
 
 
 def _positions(mask: "Tensor") -> "Tensor":

@@ -105,7 +105,8 @@ def gain(world: World, u: Tensor, beta: float, best: Tensor) -> float:
 
 
 def all_pairs(responses: int) -> tuple[Tensor, Tensor]:
-    return tuple(torch.triu_indices(responses, responses, offset=1))  # type: ignore[return-value]
+    first, second = torch.triu_indices(responses, responses, offset=1)
+    return first, second
 
 
 def pair_weights(world: World, kind: str, seed: int = 0, spread: float = 2.0) -> Tensor:
@@ -151,4 +152,4 @@ def tensor_sketch(a: int, b: int, k: int, seed: int) -> Tensor:
 
 def gaussian_sketch(d: int, k: int, seed: int) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
-    return torch.randn(k, d, generator=draw, dtype=torch.float64) / k**0.5
+    return torch.randn(k, d, generator=draw, dtype=torch.float64).div(k**0.5)

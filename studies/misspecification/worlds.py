@@ -68,9 +68,9 @@ class Outcome:
 class Results:
     """Lists are over worlds."""
 
-    tabular: Mapping[tuple[str, str], list[Outcome]]  # by (pairs, method)
-    sketched: Mapping[tuple[str, int], list[Outcome]]  # by (sketch, k)
-    data: Mapping[tuple[str, str], list[Outcome]]  # by (pairs, method)
+    tabular: dict[tuple[str, str], list[Outcome]]  # by (pairs, method)
+    sketched: dict[tuple[str, int], list[Outcome]]  # by (sketch, k)
+    data: dict[tuple[str, str], list[Outcome]]  # by (pairs, method)
 
 
 def run(params: MisspecificationParams) -> Results:
@@ -101,13 +101,13 @@ def _judge(world: World, betas: list[float]) -> Judge:
     return judge
 
 
-def _add(table: Mapping[Any, list[Outcome]], found: Mapping[Any, Outcome]) -> None:
+def _add(table: dict[Any, list[Outcome]], found: Mapping[Any, Outcome]) -> None:
     for key, outcome in found.items():
-        table.setdefault(key, []).append(outcome)  # type: ignore[attr-defined]
+        table.setdefault(key, []).append(outcome)
 
 
 def _tabular(world: World, params: MisspecificationParams, seed: int, judge: Judge) -> dict[tuple[str, str], Outcome]:
-    found = {}
+    found: dict[tuple[str, str], Outcome] = {}
     for kind in PAIRS:
         pairs = pair_weights(world, kind, seed, params.spread)
         by_sides = sides(world, pairs)
@@ -124,7 +124,7 @@ def _tabular(world: World, params: MisspecificationParams, seed: int, judge: Jud
 
 def _sketched(world: World, params: MisspecificationParams, seed: int, judge: Judge) -> dict[tuple[str, int], Outcome]:
     pairs, exact = pair_weights(world, SKETCHED, seed, params.spread), constraint(world, world.weights)
-    found = {}
+    found: dict[tuple[str, int], Outcome] = {}
     for k in params.sketches:
         sketches = {
             TENSOR: tensor_sketch(params.side, params.side, k, seed),
@@ -135,7 +135,7 @@ def _sketched(world: World, params: MisspecificationParams, seed: int, judge: Ju
 
 
 def _data(world: World, params: MisspecificationParams, seed: int, judge: Judge) -> dict[tuple[str, str], Outcome]:
-    found = {}
+    found: dict[tuple[str, str], Outcome] = {}
     exact, centred = (constraint(world, world.weights, centred=centred) for centred in (False, True))
     for kind in (kind for kind in PAIRS if kind != "reference"):  # answers are draws from it already
         pairs = pair_weights(world, kind, seed, params.spread)

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -48,7 +48,7 @@ def command(
         train = run_stage(["train", *given, *cell, *made, *metrics], scratch / "work")
         score = run_stage(["score", *given, "--out", str(scratch / "logps"), *metrics], scratch / "work")
         rows = json.loads((scratch / "metrics.json").read_text())["rows_scored"]
-    content = {
+    content: dict[str, Any] = {
         "cell": f"{variant}-{seed}",
         "train": train,
         "score": score | {"rows": rows},

@@ -32,7 +32,7 @@ def change(run: Run) -> Change:
 
 
 def _error(values: Tensor) -> float:
-    return 1.96 * values.std().item() / len(values) ** 0.5
+    return float(1.96 * values.std().item() / len(values) ** 0.5)
 
 
 def moves_out(x: Change) -> bool:

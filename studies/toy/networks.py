@@ -8,7 +8,7 @@ A policy is softmax(tanh(x W1 + b1) W2 + b2). Every setting, objective and seed 
 trained at once, as leading dimensions (settings, objectives, seeds) of the same tensors, in float64.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -75,7 +75,7 @@ def fresh(seed: int, hidden: int) -> Network:
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int, fan_in: int) -> Tensor:
-        return (2 * torch.rand(*shape, generator=generator, dtype=torch.float64) - 1) / fan_in**0.5
+        return (2 * torch.rand(*shape, generator=generator, dtype=torch.float64) - 1).div(fan_in**0.5)
 
     return {
         "w1": uniform(FEATURES, hidden, fan_in=FEATURES),
@@ -97,7 +97,7 @@ def forward(network: Network, x: Tensor, roles: Tensor) -> Tensor:
 
 def train(
     network: Network, loss_of: Callable[[], Tensor], optimizer: Optimizer, rate: float, steps: int
-) -> Sequence[None]:
+) -> Iterator[None]:
     """Take `steps` full-batch steps; yields after each. Networks don't share a number, so their loss is summed."""
     parameters = [tensor.requires_grad_() for tensor in network.values()]
     kind = torch.optim.Adam if optimizer == "adam" else torch.optim.SGD
@@ -128,7 +128,7 @@ def references(params: ToyParams, settings: Sequence[Setting], x: Tensor, roles:
 
 def run(params: ToyParams) -> dict[tuple[str, str], Run]:
     """By (setting, objective)."""
-    runs = {}
+    runs: dict[tuple[str, str], Run] = {}
     for optimizer, rate in params.learning_rate.items():
         chosen = {name: setting for name, setting in params.settings.items() if setting.optimizer == optimizer}
         if chosen:
@@ -171,8 +171,11 @@ def _run(
 def objective_loss(variant: AnyVariant, policy: Tensor, reference: Tensor) -> Tensor:
     """Summed over networks, mean over prompts. policy, reference: (..., PROMPTS, 4) log-probs by role."""
     one = torch.ones_like(policy[..., 0]).flatten()
-    logps = (logps[..., role].flatten() for logps in (policy, reference) for role in (0, 1))
-    losses = OBJECTIVES[variant.objective](PairLogps(*logps, one, one), **variant.hyperparameters())
+    chosen, rejected, ref_chosen, ref_rejected = (
+        logps[..., role].flatten() for logps in (policy, reference) for role in (0, 1)
+    )
+    pair = PairLogps(chosen, rejected, ref_chosen, ref_rejected, one, one)
+    losses = OBJECTIVES[variant.objective](pair, **variant.hyperparameters())
     return losses.sum() / PROMPTS
 
 

@@ -11,8 +11,9 @@ from studies.__main__ import main
 from studies.landscapes.survey import LandscapeParams
 from studies.pages.settings import load_section
 from studies.toy.networks import ToyParams
+from tests.code_map import ROOT, reached
+from tests.studies.test_study_pipelines import home_of
 
-ROOT = Path(__file__).parents[2]
 FILE = ROOT / "studies" / "params.yaml"
 
 
@@ -29,8 +30,9 @@ def test_every_stage_is_a_command_whose_paths_dvc_knows():
         options = main.commands[name].make_context(name, words[4:]).params
         assert {str(options[key]) for key in ("page", "figure")} == {path for out in stage["outs"] for path in out}
         assert stage["params"] == [{str(options["file"]): [name]}]
-        for path in stage["deps"]:
-            assert (ROOT / path).is_file(), path
+        assert "studies/__main__.py" in stage["deps"]
+        own = {"studies/__main__.py", *(str(home) for m in reached(f"studies.{name}.page") if (home := home_of(m)))}
+        assert own <= set(stage["deps"]) and all((ROOT / path).exists() for path in stage["deps"])
 
 
 def test_the_default_pipeline_depends_on_no_study():

@@ -1,6 +1,5 @@
 """The studies' dvc.yaml files, their params, the click options and the modules they run agree."""
 
-import ast
 import importlib
 import shlex
 from pathlib import Path
@@ -17,8 +16,8 @@ from stages.__main__ import StageGroup
 from studies.demo.results import DemoStudy
 from studies.pages.settings import load_section
 from studies.sweeps.claims import settings
+from tests.code_map import ROOT, modules, reached
 
-ROOT = Path(__file__).parents[2]
 STUDIES = ("dynamics", "sweeps", "demo")
 DEMO = ROOT / "studies" / "demo"
 
@@ -76,21 +75,27 @@ def test_commands_read_the_params_that_dvc_watches(stages):
 
 
 def test_a_stage_runs_again_when_its_code_changes(stages):
+    """All rooms that it needs, whole: a list of files would leave out what is imported by way of others."""
     for stage in stages:
-        module, _ = parsed(stage)
-        needed = {Path(*name.split(".")).with_suffix(".py") for name in own_imports(module)}
+        module, options = parsed(stage)
+        if module.startswith("studies."):
+            needed = {home for name in reached(module) if (home := home_of(name))}
+        else:
+            needed = {Path("pipeline/objectives")} if module == "train" else set()
+            variants = load_params(ROOT / options["params_file"]).train.variants if module == "train" else {}
+            needed |= {Path("pipeline/auxdpo") for variant in variants.values() if variant.needs_sketches}
         assert needed <= known_paths(stage), (stage.name, needed - known_paths(stage))
 
 
-def own_imports(module: str) -> set[str]:
-    """`module` and the modules of studies/ that it imports, also indirectly; none for a stage of the pipeline."""
-    if not module.startswith("studies."):
-        return set()
-    names = {module}
-    for node in ast.walk(ast.parse((ROOT / Path(*module.split("."))).with_suffix(".py").read_text())):
-        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("studies."):
-            names |= own_imports(str(node.module))
-    return names
+def home_of(module: str) -> Path | None:
+    """The folder that a study names for this module; its file where outputs lie there; None for what has no say."""
+    top, *inner = module.split(".")
+    if top == "cache":
+        return Path(top)
+    folder = Path(top, *inner[:1])
+    if top == "stages" or not inner or not (ROOT / folder).is_dir():
+        return None  # reading options, errors, progress
+    return modules()[module].relative_to(ROOT) if (ROOT / folder / "dvc.yaml").exists() else folder
 
 
 def test_outputs_are_in_the_studys_folder_or_among_the_docs(stages):
