@@ -7,7 +7,6 @@ made-up sequences with them and without, and hidden states and gradients must ag
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,8 +103,7 @@ def fault_of(model: PreTrainedModel, change: Callable[[PreTrainedModel], None], 
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
         batches = [batch.to(device) for batch in _batches(model, layout)]
-        made: Any = stand_in(model)
-        made = made.to(device, getattr(torch, dtype))
+        made = stand_in(model).to(device, getattr(torch, dtype))
         exact = [part for batch in batches for part in answers(made.float(), batch)]
         before = [part for batch in batches for part in answers(made.to(getattr(torch, dtype)), batch)]
         change(made)
@@ -129,6 +127,5 @@ def answers(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Final hidden states (T, width), and the gradient of a sum of them, weighed at random, by the embeddings."""
     states = ResponseLogps(model, None).states(batch.input_ids, batch.places, batch.position_ids, batch.groups).float()
     weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.device)
-    embeddings = cast(nn.Embedding, model.get_input_embeddings())
-    (gradient,) = torch.autograd.grad((states * weights).sum(), embeddings.weight)
+    (gradient,) = torch.autograd.grad((states * weights).sum(), model.get_input_embeddings().weight)
     return states.detach(), gradient.float()

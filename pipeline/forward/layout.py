@@ -7,7 +7,7 @@ distinct response, one after another. shared_prompts: every prompt once, before 
 import copy
 import sys
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ def stand_in(model: PreTrainedModel) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = type(model)(config)
-    return cast(PreTrainedModel, made.float().eval())
+    return made.float().eval()
 
 
 def _rope_types(parameters: Any) -> set[str]:

@@ -114,7 +114,7 @@ class ResponseLogps(nn.Module):
         tied = isinstance(embedding, nn.Embedding) and embedding.weight is self.head.weight
         # The rows of the tokens at hand, onto the head's gradient, which is there before. On GPUs in no fixed order.
         if tied and embedding.weight.device.type == "cpu":
-            embedding.sparse = True  # type: ignore[assignment]  # stubs: modules hold tensors and modules
+            embedding.sparse = True
 
     def forward(
         self,

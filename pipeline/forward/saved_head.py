@@ -60,7 +60,7 @@ def _shell(model: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, nn.Li
     """The model without storage, and its head. Raises ValueError for a head that is not one linear layer."""
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        shell: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        shell = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     output = shell.get_output_embeddings()
     if not isinstance(output, nn.Linear):
         raise ValueError(f"{model}: the output head is a {type(output).__name__}, expected nn.Linear")

@@ -14,13 +14,13 @@ from pipeline.model.parts import causal_model
 from pipeline.params import ModelParams, ScratchModel
 
 
-def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model that sft starts from, float32: a hub or local model, or random weights of the tokenizer's size."""
     if params.scratch is not None:
         return _from_scratch(params.scratch, tokenizer)
     assert params.name is not None  # ModelParams sees to it
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             params.name, revision=params.revision, trust_remote_code=params.trust_remote_code, dtype=torch.float32
         )
     except (OSError, ValueError) as error:
@@ -28,7 +28,7 @@ def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> nn
     if params.adapter is not None:
         failed = f"model.adapter {params.adapter!r} can't be merged into model.name {params.name!r}"
         model = merge_adapter(model, params.adapter, failed=failed)
-    size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
         raise RequestError(
             f"model.name {params.name!r} has {size} embeddings, its tokenizer {len(tokenizer)} tokens. "
@@ -37,12 +37,12 @@ def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> nn
     return model
 
 
-def load_policy_start(folder: Path) -> nn.Module:
+def load_policy_start(folder: Path) -> PreTrainedModel:
     """The reference's weights, float32 masters, to train a policy from."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def _from_scratch(scratch: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def _from_scratch(scratch: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     try:
         known = AutoConfig.for_model(scratch.architecture)
     except ValueError:
@@ -62,8 +62,7 @@ def _from_scratch(scratch: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> 
     )
     with torch.random.fork_rng():
         torch.manual_seed(scratch.seed)
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        return made
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def save_model(model: nn.Module, state: dict[str, Tensor], tokenizer: Path, out: Path) -> None:

@@ -65,7 +65,6 @@ def merge_adapter(model: "PreTrainedModel", adapter: str | Path, *, failed: str)
     from peft import PeftModel
 
     try:
-        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-        return merged
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise RequestError(f"{failed}: {error}") from None

@@ -60,6 +60,7 @@ def _with_lora(model: nn.Module, trainable: Lora) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(shape.seed)  # the random A belongs to the identity of gradients taken later
         try:
-            return get_peft_model(model, config)
+            adapted: nn.Module = get_peft_model(model, config)
+            return adapted
         except ValueError as error:
             raise RequestError(f"trainable.lora.targets {shape.targets}: {error}") from None

@@ -26,7 +26,7 @@ class TrainerForward:
         logging.disable_progress_bar()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         with activity(f"loading {model} in transformers"):
-            loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
             )
             self._logps = ResponseLogps(loaded.to(self.device).eval(), _CHUNK_TOKENS)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,11 +114,9 @@ class _Sizes:
         self.trained = sum(p.numel() for p in parameters if p.requires_grad)
         self.bytes = parameters[0].dtype.itemsize
         inner = causal_model(model)
-        output, embedding = (
-            cast(nn.Parameter, part.weight) for part in (inner.get_output_embeddings(), inner.get_input_embeddings())
-        )
+        output, embedding = inner.get_output_embeddings().weight, inner.get_input_embeddings().weight
         self.tied = output is embedding
-        self.output, self.embedding = (w.numel() if w.requires_grad else 0 for w in (output, embedding))
+        self.output, self.embedding = (int(w.numel()) if w.requires_grad else 0 for w in (output, embedding))
 
 
 def _states(sizes: _Sizes, loop: LoopParams) -> dict[str, int]:

@@ -101,7 +101,7 @@ def load_sketcher(
     logging.disable_progress_bar()
     device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, params.dtype), trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
