@@ -1,0 +1,5 @@
+"""Tests mirror the source: tests/pipeline/ROOM tests pipeline/ROOM. Beside them: integration/, gpu/, and what they share."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]

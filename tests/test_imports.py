@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.code_map import ROOT, files, imports, module_in, modules, named_in_strings, needs
+from tests import ROOT
+from tests.code_map import files, imports, module_in, modules, named_in_strings, needs
 
 ARROWS = {
     "params": "",

@@ -7,9 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cache import journal, publish_reference, schema, view
+from tests import ROOT
 from tests.cache.rows import identity, make_rows
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "cache-format.md").read_text()
+DOCUMENT = (ROOT / "docs" / "cache-format.md").read_text()
 
 
 def test_the_documented_lines_compute_the_documented_keys():

@@ -7,15 +7,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 
 from cache import CacheLocked, Journal, lock, publish_reference
 from cache.garbage import compact_journal
+from tests import ROOT
 from tests.cache.rows import identity, make_rows
 
-ROOT = Path(__file__).parents[2]
 # A stage as dvc starts it: a child in a shell, which lives on when its parent is killed.
 STAGE = """
     import sys

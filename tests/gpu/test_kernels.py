@@ -10,8 +10,8 @@ from pipeline.forward.kernels import TIMES, TOLERANCE, choose_kernels, fault_of,
 from pipeline.forward.layout import ATTENTION
 from pipeline.forward.logps import ResponseLogps, pack
 from pipeline.params import SftParams
-from tests.pipeline.test_kernels import doubles_the_gradient, sequences
-from tests.pipeline.test_layouts import losses_and_gradient, tiny_model
+from tests.pipeline.forward.test_kernels import doubles_the_gradient, sequences
+from tests.pipeline.forward.test_layout import losses_and_gradient, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -15,10 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from cache import response_key
-from tests import stand_in
-from tests.pipeline.scoring_project import PARAMS
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT, stand_in
+from tests.scoring_project import PARAMS
 
 
 def journalled(home: Path) -> Counter[bytes]:

@@ -20,15 +20,13 @@ import pytest
 from ruamel.yaml import YAML
 
 from cache import response_key
-from tests import stand_in
+from tests import ROOT, stand_in
 from tests.integration import kills
 from tests.integration.test_kills import many_rows
-from tests.pipeline.scoring_project import Project, write_prepared
-from tests.pipeline.tiny_reference import write_model
+from tests.scoring_project import Project, write_prepared
+from tests.tiny_reference import write_model
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
 
 
 class DvcProject:

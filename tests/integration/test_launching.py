@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.training.checkpoints import complete_checkpoints
-from tests.integration.trainings import ROOT, Finished, params_file, rank_pids, train_command
+from tests import ROOT
+from tests.integration.trainings import Finished, params_file, rank_pids, train_command
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,10 @@ import polars as pl
 import pytest
 from ruamel.yaml import YAML
 
+from tests import ROOT
+
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 TINY = {  # head size 32, the smallest that vLLM has CPU kernels for
     "hidden_size": 64,
     "intermediate_size": 128,

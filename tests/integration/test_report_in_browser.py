@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.report.vega import write_plots_page
-from tests.pipeline.report_inputs import change_json, report, write_inputs
+from tests.pipeline.report.inputs import change_json, report, write_inputs
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 EXECUTABLE = next(filter(None, map(shutil.which, BROWSERS)), None)

@@ -25,7 +25,8 @@ from pipeline.reference.drift import ensure_drift
 from pipeline.runs.memory_plan import PROGRAM_BYTES, plan_memory
 from pipeline.runs.policy import train_policy
 from pipeline.training.batches import batch_indices
-from tests.integration.trainings import ROOT, TRAIN, RanksEnded, inputs, outputs, read_table, without_speed
+from tests import ROOT
+from tests.integration.trainings import TRAIN, RanksEnded, inputs, outputs, read_table, without_speed
 from tests.tiny import (
     TINY_MODEL,
     shift_row,

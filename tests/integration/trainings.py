@@ -14,8 +14,8 @@ import polars as pl
 from safetensors.torch import load_file
 
 from pipeline.params import Params, TrainParams
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 TRAIN = {
     "epochs": 2.0,
     "batch_size": 8,

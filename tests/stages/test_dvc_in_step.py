@@ -9,8 +9,7 @@ from dvc.repo import Repo
 
 from pipeline.params import Params, TrainParams
 from stages.__main__ import COMMANDS, StageGroup
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from stages.__main__ import main
-from tests.pipeline.preparing import digests, pair_rows, sft_rows, write_jsonl
+from tests.pipeline.data.preparing import digests, pair_rows, sft_rows, write_jsonl
 
 GOOD = {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
 

@@ -18,10 +18,11 @@ from pipeline.params import EvaluateParams, Lora, LoraShape, PrepareParams
 from studies.measure import answers, pair_logps
 from studies.measure.answers import Scale, ended, measure
 from studies.measure.policies import load_model
-from tests.pipeline.preparing import prepare_into
+from tests import ROOT
+from tests.pipeline.data.preparing import prepare_into
 from tests.tiny import write_model, write_reference_cache
 
-PARAMS = Path(__file__).parents[2] / "studies" / "demo" / "params.yaml"
+PARAMS = ROOT / "studies" / "demo" / "params.yaml"
 DEMO = PrepareParams.model_validate({"demo": {"prompts": 10, "sft_rows": 60}, "test_share": 0.5})
 
 

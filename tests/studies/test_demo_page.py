@@ -15,9 +15,10 @@ from studies.demo.results import DemoStudy, Estimate, Results, load_results
 from studies.demo.tables import mean_offsets, of_cell, trained_parameters
 from studies.pages.intervals import Mean
 from studies.pages.settings import load_section
+from tests import ROOT
 from tests.tiny import write_model
 
-FOLDER = Path(__file__).parents[2] / "studies" / "demo"
+FOLDER = ROOT / "studies" / "demo"
 PARAMS = load_params(FOLDER / "params.yaml")
 CLASSES = load_section(FOLDER / "classes.yaml", "demo", DemoStudy).classes
 SEEDS = PARAMS.sweep.seeds

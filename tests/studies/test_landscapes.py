@@ -1,7 +1,6 @@
 """What the landscape study measures, against what pen and paper say."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from pipeline.params import AnyVariant
 from studies.landscapes import claims as landscape_claims
 from studies.landscapes.survey import LandscapeParams, Reference, flow, simplex, survey
 from studies.pages.settings import load_section
+from tests import ROOT
 
 REFERENCE = Reference(chosen=0.4, rejected=0.1)
 
@@ -77,7 +77,7 @@ def test_the_flow_is_that_of_descent_on_three_logits():
 
 
 def test_the_claims_are_judged_by_the_surveys():
-    full = load_section(Path(__file__).parents[2] / "studies" / "params.yaml", "landscapes", LandscapeParams)
+    full = load_section(ROOT / "studies" / "params.yaml", "landscapes", LandscapeParams)
     params = full.model_copy(update={"grid": 40})
     surveys = {name: survey(v, params.reference, params.grid) for name, v in params.objectives.items()}
     assert all(claim.holds for claim in landscape_claims.papers_claims(params, surveys))

@@ -3,7 +3,6 @@
 import itertools
 import math
 import shutil
-from pathlib import Path
 
 import polars as pl
 import pytest
@@ -18,9 +17,10 @@ from studies.measure.divergence import Prompts, answer_divergences, draw_answers
 from studies.measure.pair_logps import response_sums
 from studies.measure.policies import load_model
 from studies.sweeps import cost as sweep_cost
+from tests import ROOT
 from tests.tiny import EOS, VOCABULARY, plain_logps, write_model, write_pairs, write_reference_cache
 
-PARAMS = Path(__file__).parents[2] / "studies" / "dynamics" / "params.yaml"
+PARAMS = ROOT / "studies" / "dynamics" / "params.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """The study of misspecification, small: its claims, each against an independent derivation, and what its page says."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -24,8 +22,8 @@ from studies.misspecification.bandit import (
 from studies.misspecification.bandit_fit import fit
 from studies.misspecification.claims import own_claims, papers_claims
 from studies.pages.settings import load_section
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 BETA = 64.0
 
 

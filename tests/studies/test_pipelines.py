@@ -11,7 +11,8 @@ from studies.__main__ import main
 from studies.landscapes.survey import LandscapeParams
 from studies.pages.settings import load_section
 from studies.toy.networks import ToyParams
-from tests.code_map import ROOT, reached
+from tests import ROOT
+from tests.code_map import reached
 from tests.studies.test_study_pipelines import home_of
 
 FILE = ROOT / "studies" / "params.yaml"

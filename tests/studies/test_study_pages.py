@@ -16,9 +16,9 @@ from studies.pages.runs import Cells, sweep_totals, with_rewards
 from studies.sweeps import page as sweeps_page
 from studies.sweeps.claims import difference, settings
 from studies.sweeps.claims import judge as judge_sweep
+from tests import ROOT
 from tests.tiny import write_model
 
-ROOT = Path(__file__).parents[2]
 PAIRS = 30
 # Nats by which each objective moves chosen and rejected, and its divergence, in the made-up run: as the papers say.
 AS_CLAIMED = {

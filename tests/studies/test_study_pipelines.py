@@ -16,7 +16,8 @@ from stages.__main__ import StageGroup
 from studies.demo.results import DemoStudy
 from studies.pages.settings import load_section
 from studies.sweeps.claims import settings
-from tests.code_map import ROOT, modules, reached
+from tests import ROOT
+from tests.code_map import modules, reached
 
 STUDIES = ("dynamics", "sweeps", "demo")
 DEMO = ROOT / "studies" / "demo"

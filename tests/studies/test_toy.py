@@ -1,7 +1,5 @@
 """The toy study, small: its networks, its bookkeeping and what its page says."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -9,8 +7,7 @@ from studies.pages.settings import load_section
 from studies.toy import claims as toy_claims
 from studies.toy import networks as toy
 from studies.toy import page as toy_page
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
 
 
 @pytest.fixture(scope="module")
