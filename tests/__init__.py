@@ -1,4 +1,4 @@
-"""Tests mirror the source: tests/pipeline/ROOM tests pipeline/ROOM. Beside them: integration/, gpu/, and what they share."""
+"""Tests mirror the source: tests/pipeline/ROOM tests pipeline/ROOM. Beside them integration/, gpu/, what they share."""
 
 from pathlib import Path
 

@@ -11,6 +11,7 @@ from pipeline.params import ScoreParams, SketchParams
 from pipeline.reference.identity import reference_identity
 from pipeline.reference.scoring import score_responses
 from pipeline.reference.sketching import sketch_responses
+from tests.project import Project
 
 PARAMS = ScoreParams(enforce_eager=True, rows_per_call=6, drift_sample=8)
 SKETCH = SketchParams(mode="tensorsketch", source="engine", k=64, audit=32)
@@ -46,14 +47,13 @@ def write_prepared(folder, rows):
     return folder
 
 
-class Project:
-    """Pairs, a model, and a place for the journal and the reference cache."""
+class ScoringProject(Project):
+    """Pairs of these rows, a model, and nothing scored yet."""
 
     def __init__(self, root, model, rows):
-        self.root, self.model, self.rows = root, model, rows
-        self.pairs = write_prepared(root / "pairs", rows)
-        self.out, self.metrics, self.home = root / "logps", root / "metrics.json", root / "home"
-        self.sketches = root / "sketches"
+        super().__init__(root)
+        self.model, self.rows, self.sketches = model, rows, root / "sketches"
+        write_prepared(self.pairs, rows)
 
     def score(self, pairs=None, **changes):
         options = {"params": PARAMS, "trainer_dtype": "float32"} | changes
@@ -76,6 +76,3 @@ class Project:
         identity = reference_identity(self.model, dtype=PARAMS.dtype, quantization=PARAMS.quantization)
         with Journal(self.home / "journal" / identity.reference_id) as journal:
             return journal.keys()
-
-    def published(self):
-        return {path.name: path.read_bytes() for path in self.out.iterdir()}

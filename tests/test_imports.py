@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
-from tests.code_map import files, imports, module_in, modules, named_in_strings, needs
+from tests.code_map import PACKAGES, files, imports, module_in, modules, named_in_strings, needs
 
 ARROWS = {
     "params": "",
@@ -110,23 +110,41 @@ def test_every_module_that_is_named_in_a_string_exists(folder):
             assert not attribute or known, f"{file} names {name}, but {module} has no {attribute}"
 
 
+HISTORY = {"docs/log.md", "CHANGELOG.md"}  # say how things were
+PATH = re.compile(r"(?<![\w/.-])(?:cache|pipeline|stages|studies|tests|benchmarks|presets)/[\w/-]+\.(?:py|yaml)\b")
+
+
+def test_every_source_file_that_a_text_or_a_comment_names_exists():
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*.yaml"), *ROOT.glob("*.toml")]
+    texts += [path for name in (*PACKAGES, "tests", "benchmarks", "presets") for path in (ROOT / name).rglob("*.*")]
+    texts = [path for path in texts if path.suffix in {".md", ".py", ".yaml", ".toml"} and "results" not in path.parts]
+    assert len(texts) > 300
+    absent = {
+        f"{text.relative_to(ROOT)}: {path}"
+        for text in texts
+        if text.relative_to(ROOT).as_posix() not in HISTORY
+        for path in PATH.findall(text.read_text())
+        if not (ROOT / path).exists()
+    }
+    assert not absent
+
+
 def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 def test_rooms_below_the_engines_load_none():
+    """Not by way of other packages either."""
     names = [name for name in modules() if name.split(".")[1:2] and name.split(".")[1] in ENGINE_FREE]
-    loaded = run_python(f"import sys, {', '.join(n for n in names if n.startswith('pipeline.'))}; print(*sys.modules)")
-    assert "pipeline.auxdpo.nullspace" in loaded.split()
-    assert not {"vllm", "deepspeed"} & set(loaded.split())
+    loaded = set(run_python(f"import sys, {', '.join(names)}; print(*sys.modules)").split())
+    assert set(names) <= loaded and not {"vllm", "deepspeed"} & loaded
 
 
-@pytest.mark.parametrize("name", TORCH_FREE)
-def test_what_commands_read_first_loads_without_torch(name):
-    inner = [module for module in modules() if module == name or module.startswith(f"{name}.")]
-    loaded = set(run_python(f"import sys, {', '.join(inner)}; print(*sys.modules)").split())
-    assert set(inner) <= loaded
-    assert not {"torch", "transformers", "vllm", "deepspeed"} & loaded
+def test_what_commands_read_first_loads_without_torch():
+    names = [name for name in modules() if name in TORCH_FREE or name.rpartition(".")[0] in TORCH_FREE]
+    loaded = set(run_python(f"import sys, {', '.join(names)}; print(*sys.modules)").split())
+    assert set(names) <= loaded and not {"torch", "transformers", "vllm", "deepspeed"} & loaded
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["score", "--help"], ["inspect", "--help"]])
@@ -137,4 +155,4 @@ def test_help_answers_within_a_third_of_a_second(arguments):
         return time.perf_counter() - started
 
     # The best of a few: the promise is about our imports, not about what else the machine is doing.
-    assert min(seconds() for _ in range(4)) < 0.3
+    assert any(seconds() < 0.3 for _ in range(6))

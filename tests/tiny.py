@@ -4,13 +4,14 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from cache import logps_table, open_reference, prompt_key, publish_reference, response_key
 from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, SFT_SCHEMA, read_responses, write_table
@@ -18,13 +19,14 @@ from pipeline.reference.identity import reference_identity
 
 VOCABULARY = 64
 EOS = 2
+POSITIONS = 300
 TINY_MODEL = {
-    "hidden_size": 32,
+    "hidden_size": 32,  # one head: vLLM's CPU attention has no kernel for heads of 16
     "intermediate_size": 64,
     "num_hidden_layers": 2,
-    "num_attention_heads": 2,
+    "num_attention_heads": 1,
     "num_key_value_heads": 1,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": POSITIONS,  # more than two of vLLM's CPU blocks of 128
     "tie_word_embeddings": True,
 }
 
@@ -104,14 +106,15 @@ def write_pairs(folder: Path, prompts: int, *, responses: int = 3, test_share: f
     return folder
 
 
-def write_model(folder: Path, seed: int = 0, **config: int) -> Path:
-    """A random Qwen2 with its tokenizer, sharp enough that log-probs differ between tokens; config: of its own."""
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model("qwen2", **{"vocab_size": VOCABULARY, "eos_token_id": EOS} | TINY_MODEL | config)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(20)
-    model.save_pretrained(folder)
+def write_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """A random Qwen2 with its tokenizer that vLLM can run on CPU; changes: of the config.
+
+    Weights are large enough that neighbouring positions differ by nats, so that a shifted read can't pass.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        own = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "initializer_range": 0.3} | changes
+        Qwen2ForCausalLM(Qwen2Config(**TINY_MODEL | own)).save_pretrained(folder)
     write_tokenizer(folder)
     return folder
 

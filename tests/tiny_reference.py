@@ -1,34 +1,13 @@
-"""A tiny random reference model that vLLM can run on CPU, and adversarial rows for it."""
+"""Adversarial rows for the tiny model, and what transformers says of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.tiny import EOS, TINY_MODEL, VOCABULARY, write_tokenizer
-
-POSITIONS = 300
-# vLLM's CPU attention has no kernel for heads of 16, and multiples of its block size (128) must fit.
-MODEL = TINY_MODEL | {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": POSITIONS}
-
-
-def write_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """Weights large enough that neighbouring positions differ by nats, so that a shifted read can't pass.
-
-    changes: of the config.
-    """
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = Qwen2Config(vocab_size=VOCABULARY, eos_token_id=EOS, initializer_range=0.3, **MODEL | changes)
-        Qwen2ForCausalLM(config).save_pretrained(folder)
-    write_tokenizer(folder)
-    return folder
+from tests.tiny import EOS, POSITIONS, VOCABULARY
 
 
 def transformers_token_logps(model: Path, rows: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:

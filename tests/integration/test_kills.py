@@ -15,8 +15,8 @@ import pytest
 
 from cache import CacheIncomplete, open_reference, response_key
 from tests.integration import kills
-from tests.scoring_project import Project
-from tests.tiny_reference import write_model
+from tests.scoring_project import ScoringProject
+from tests.tiny import write_model
 
 pytestmark = pytest.mark.slow
 
@@ -56,9 +56,9 @@ def draw_runs(moments):
 
 
 def test_thirty_kills_of_stages_and_engines_lose_no_journalled_row_and_end_in_the_same_bytes(tmp_path, model, nursery):
-    undisturbed = Project(tmp_path / "undisturbed", model, many_rows())
+    undisturbed = ScoringProject(tmp_path / "undisturbed", model, many_rows())
     assert nursery.score(undisturbed, wish={}, rows_per_call=2)[0] == 0
-    place = Project(tmp_path / "killed", model, many_rows())
+    place = ScoringProject(tmp_path / "killed", model, many_rows())
     asked, needed = tmp_path / "asked", {response_key(*row) for row in place.rows}
     # Stopped in a late call, so that a kill at a random time finds a living stage however fast the machine is.
     wish = {"asked": str(asked), "hold": [9, str(tmp_path / "held")]}

@@ -23,8 +23,8 @@ from cache import response_key
 from tests import ROOT, stand_in
 from tests.integration import kills
 from tests.integration.test_kills import many_rows
-from tests.scoring_project import Project, write_prepared
-from tests.tiny_reference import write_model
+from tests.scoring_project import ScoringProject, write_prepared
+from tests.tiny import write_model
 
 pytestmark = pytest.mark.slow
 
@@ -148,6 +148,6 @@ def test_after_kills_of_dvc_and_of_stages_no_way_of_running_dvc_rescores_a_journ
 
     for name, value in stand_in.environment({}).items():
         monkeypatch.setenv(name, value)
-    undisturbed = Project(tmp_path, project.folder / "models/reference", many_rows())
+    undisturbed = ScoringProject(tmp_path, project.folder / "models/reference", many_rows())
     undisturbed.score()
     assert kills.shards(project.folder / "data/reference/logps") == kills.shards(undisturbed.out)

@@ -7,7 +7,8 @@ from pipeline.engine.probe import Probe
 from pipeline.engine.process import EngineProcess
 from pipeline.engine.rows import EngineLength
 from pipeline.params import ScoreParams
-from tests.tiny_reference import MODEL, quick_engine
+from tests.tiny import TINY_MODEL
+from tests.tiny_reference import quick_engine
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +22,7 @@ def model(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("model")
     changes = {"vocab_size": VOCABULARY, "max_position_embeddings": PROMPT + RESPONSE + 1, "num_hidden_layers": 1}
-    Qwen2ForCausalLM(Qwen2Config(**(MODEL | changes))).save_pretrained(folder)
+    Qwen2ForCausalLM(Qwen2Config(**TINY_MODEL | changes)).save_pretrained(folder)
     return folder
 
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.engine.probe import make_probe, probe_rows
-from tests.tiny import VOCABULARY
-from tests.tiny_reference import POSITIONS, transformers_token_logps, write_model
+from tests.tiny import POSITIONS, VOCABULARY, write_model
+from tests.tiny_reference import transformers_token_logps
 
 
 @given(vocabulary=st.integers(2, 200_000), longest=st.integers(2, 2000))

@@ -18,8 +18,9 @@ from pipeline.engine.process import EngineProcess
 from pipeline.errors import EngineFailed, RequestError, RunFailed
 from pipeline.reference import scoring
 from tests import stand_in
-from tests.scoring_project import Project, write_prepared
-from tests.tiny_reference import POSITIONS, adversarial_rows, write_model
+from tests.scoring_project import ScoringProject, write_prepared
+from tests.tiny import POSITIONS, write_model
+from tests.tiny_reference import adversarial_rows
 
 POISON, STUCK, VOCABULARY = 63, 62, 64
 
@@ -37,7 +38,7 @@ def model(tmp_path_factory):
 def place(tmp_path, model, monkeypatch):
     """Rows that nothing is wrong with, at most six a call."""
     good = [(prompt, np.minimum(response, 60)) for prompt, response in adversarial_rows()]
-    place = Project(tmp_path, model, list({response_key(*row): row for row in good}.values()))
+    place = ScoringProject(tmp_path, model, list({response_key(*row): row for row in good}.values()))
     place.asked = tmp_path / "asked"
     wish = {"asked": str(place.asked), "poison": POISON, "stuck": STUCK, "unready": str(tmp_path / "unready")}
     for name, value in stand_in.environment(wish).items():
@@ -58,7 +59,7 @@ def asked(place):
 @pytest.mark.slow
 def test_bad_rows_are_named_with_their_lines_and_cost_the_others_nothing(place, capsys):
     place.score()
-    published = place.published()
+    published = place.contents()
     too_long, foreign, empty = row([3] * POSITIONS, [4]), row(place.rows[0][0], [5, VOCABULARY]), row([7], [])
     good = [row([9, 10], [11]), row([9, 10], [12, 13])]
     grown = write_prepared(place.root / "grown", [foreign, *place.rows, *good, too_long, empty])
@@ -72,7 +73,7 @@ def test_bad_rows_are_named_with_their_lines_and_cost_the_others_nothing(place, 
         assert f"Response {response_key(*empty).hex()} (of no pair) has no response token" in said
     assert f"3 of {len(place.rows) + 5} responses can't be scored" in message
     assert f"Set prepare.max_tokens to {POSITIONS} or less" in message
-    assert place.published() == published
+    assert place.contents() == published
     assert {response_key(*row) for row in good} <= place.journalled()
 
     again = place.score(write_prepared(place.root / "mended", [*place.rows, *good]))

@@ -10,14 +10,8 @@ from pipeline.errors import EngineFailed, RunFailed
 from pipeline.params import ScoreParams, SketchParams
 from pipeline.sketches.head_plan import HeadPlan
 from pipeline.sketches.sketcher import load_sketcher
-from tests.tiny import EOS, VOCABULARY
-from tests.tiny_reference import (
-    POSITIONS,
-    adversarial_rows,
-    quick_engine,
-    transformers_token_logps,
-    write_model,
-)
+from tests.tiny import EOS, POSITIONS, VOCABULARY, write_model
+from tests.tiny_reference import adversarial_rows, quick_engine, transformers_token_logps
 
 pytestmark = pytest.mark.slow
 

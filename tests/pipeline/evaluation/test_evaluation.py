@@ -17,8 +17,8 @@ from pipeline.evaluation.evaluation import _expected_reward, _is_demo, _Samples,
 from pipeline.evaluation.sampling import choose_prompts
 from pipeline.params import EvaluateParams, ScoreParams
 from pipeline.reference.identity import reference_identity
-from tests.tiny import VOCABULARY, write_pairs
-from tests.tiny_reference import POSITIONS, quick_engine, transformers_token_logps, write_model
+from tests.tiny import POSITIONS, VOCABULARY, write_model, write_pairs
+from tests.tiny_reference import quick_engine, transformers_token_logps
 
 ENGINE = ScoreParams(enforce_eager=True, rows_per_call=16)
 BETA = 0.5

@@ -61,6 +61,7 @@ def sequences(groups):
     return found, numbers
 
 
+@pytest.mark.slow  # traced and guarded by torch.compile
 @pytest.mark.parametrize("architecture", ["qwen2", "llama", "gemma3_text"])
 def test_one_call_gives_the_log_probs_and_gradient_of_groups_and_of_padded_rows(compiled, architecture):
     model = tiny_model(architecture, **ARCHITECTURES[architecture])
@@ -76,6 +77,7 @@ def test_one_call_gives_the_log_probs_and_gradient_of_groups_and_of_padded_rows(
                 torch.testing.assert_close(gradient, expected[1], atol=1e-5 * scale, rtol=1e-5)
 
 
+@pytest.mark.slow  # traced and guarded by torch.compile
 def test_other_lengths_and_groups_are_not_compiled_anew(compiled, qwen2):
     for n in range(5):
         rows, prompts = sequences([(50 + n, 60 + 9 * n, 70 + n), *[(10, 5)] * n])
@@ -128,6 +130,7 @@ def does_not_compile(*_, **__):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 class TestKernelsOnTrial:
+    @pytest.mark.slow
     def test_attention_in_one_call_passes(self, compiled, qwen2, dtype):
         assert fault_of(qwen2, use_flex, "packed", dtype) is None
 

@@ -20,7 +20,7 @@ TENSORS = {
 CONFIG = {"model_type": "qwen2", "vocab_size": 6, "text_config": {"hidden_size": 4, "dtype": "float32"}}
 
 
-def write_model(folder, tensors=TENSORS, config=CONFIG):
+def write_tensors(folder, tensors=TENSORS, config=CONFIG):
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
@@ -40,14 +40,14 @@ def write_sharded(folder, tensors=TENSORS):
 
 
 def test_a_moved_folder_is_the_same_model(tmp_path):
-    here = write_model(tmp_path / "here")
+    here = write_tensors(tmp_path / "here")
     before = reference_identity(here, dtype="float32", quantization=None)
     moved = shutil.move(here, tmp_path / "elsewhere")
     assert reference_identity(moved, dtype="float32", quantization=None) == before
 
 
 def test_resharded_weights_are_the_same_model(tmp_path):
-    assert weights_digest(write_model(tmp_path / "one")) == weights_digest(write_sharded(tmp_path / "many"))
+    assert weights_digest(write_tensors(tmp_path / "one")) == weights_digest(write_sharded(tmp_path / "many"))
 
 
 def test_only_the_files_of_the_index_count(tmp_path):
@@ -77,7 +77,7 @@ def changed(name):
     ],
 )
 def test_other_weights_are_another_model(tmp_path, tensors):
-    assert weights_digest(write_model(tmp_path / "a")) != weights_digest(write_model(tmp_path / "b", tensors))
+    assert weights_digest(write_tensors(tmp_path / "a")) != weights_digest(write_tensors(tmp_path / "b", tensors))
 
 
 def test_config_ignores_what_changes_no_number(tmp_path):
@@ -87,20 +87,20 @@ def test_config_ignores_what_changes_no_number(tmp_path):
         "torch_dtype": "bfloat16",
         "use_cache": False,
     }
-    quiet = write_model(tmp_path / "a")
-    noisy = write_model(tmp_path / "b", config=CONFIG | noise | {"text_config": {"hidden_size": 4, "dtype": "bf16"}})
+    quiet = write_tensors(tmp_path / "a")
+    noisy = write_tensors(tmp_path / "b", config=CONFIG | noise | {"text_config": {"hidden_size": 4, "dtype": "bf16"}})
     assert config_digest(quiet) == config_digest(noisy)
 
 
 @pytest.mark.parametrize("change", [{"rope_theta": 1e6}, {"text_config": {"hidden_size": 8}}, {"model_type": "llama"}])
 def test_another_config_is_another_model(tmp_path, change):
-    assert config_digest(write_model(tmp_path / "a")) != config_digest(
-        write_model(tmp_path / "b", config=CONFIG | change)
+    assert config_digest(write_tensors(tmp_path / "a")) != config_digest(
+        write_tensors(tmp_path / "b", config=CONFIG | change)
     )
 
 
 def test_the_models_own_code_counts(tmp_path):
-    folder = write_model(tmp_path / "a", config=CONFIG | {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}})
+    folder = write_tensors(tmp_path / "a", config=CONFIG | {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}})
     (folder / "modeling.py").write_text("scale = 1")
     before = config_digest(folder)
     (folder / "modeling.py").write_text("scale = 2")
@@ -108,7 +108,7 @@ def test_the_models_own_code_counts(tmp_path):
 
 
 def test_dtype_and_quantization_belong_to_the_identity(tmp_path):
-    folder = write_model(tmp_path / "a")
+    folder = write_tensors(tmp_path / "a")
     plain = reference_identity(folder, dtype="float32", quantization=None)
     assert plain.differences(reference_identity(folder, dtype="bfloat16", quantization="fp8")).keys() == {
         "dtype",
@@ -135,7 +135,7 @@ def test_a_folder_without_weights_names_the_stage_that_writes_them(tmp_path):
 
 @pytest.mark.parametrize("keep", [4, 40, -1])
 def test_a_file_cut_short_is_refused(tmp_path, keep):
-    file = write_model(tmp_path / "a") / "model.safetensors"
+    file = write_tensors(tmp_path / "a") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(RequestError, match=r"model\.safetensors"):
         weights_digest(tmp_path / "a")
@@ -149,14 +149,14 @@ def test_a_shard_missing_from_the_folder_is_named(tmp_path):
 
 
 def test_two_models_in_one_folder_are_refused(tmp_path):
-    folder = write_model(tmp_path / "a")
+    folder = write_tensors(tmp_path / "a")
     save_file(TENSORS, folder / "other.safetensors")
     with pytest.raises(RequestError, match="twice"):
         weights_digest(folder)
 
 
 def test_a_broken_config_is_a_wrong_request(tmp_path):
-    folder = write_model(tmp_path / "a")
+    folder = write_tensors(tmp_path / "a")
     (folder / "config.json").write_text("{")
     with pytest.raises(RequestError, match=r"config\.json"):
         config_digest(folder)

@@ -20,8 +20,9 @@ from pipeline.reference.identity import reference_identity
 from tests.integration import kills
 from tests.pipeline.sketches.slow_sketches import slow_sketch
 from tests.pipeline.sketches.test_head import head_gradients
-from tests.scoring_project import SKETCH, Project, write_prepared
-from tests.tiny_reference import adversarial_rows, quick_engine, transformers_token_logps, write_model
+from tests.scoring_project import SKETCH, ScoringProject, write_prepared
+from tests.tiny import write_model
+from tests.tiny_reference import adversarial_rows, quick_engine, transformers_token_logps
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,14 +39,14 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, model):
     """A run that nothing interrupted."""
-    place = Project(tmp_path_factory.mktemp("finished"), model, adversarial_rows())
+    place = ScoringProject(tmp_path_factory.mktemp("finished"), model, adversarial_rows())
     place.summary = place.score()
     return place
 
 
 @pytest.fixture
 def place(tmp_path, model):
-    return Project(tmp_path, model, adversarial_rows())
+    return ScoringProject(tmp_path, model, adversarial_rows())
 
 
 @pytest.fixture
@@ -103,44 +104,44 @@ def test_metrics_and_drift_describe_the_run(finished):
 
 @pytest.mark.slow
 def test_a_second_run_scores_nothing_and_starts_no_engine(finished, no_engine):
-    before = finished.published()
+    before = finished.contents()
     summary = finished.score()
     assert summary["rows_scored"] == 0 and summary["rows_reused"] == len(finished.rows)
-    assert finished.published() == before
+    assert finished.contents() == before
 
 
 @pytest.mark.slow
 def test_published_rows_are_reused_without_a_journal(finished, place, no_engine):
-    finished_rows = finished.published()
+    finished_rows = finished.contents()
     place.out.mkdir()
     for name, content in finished_rows.items():
         (place.out / name).write_bytes(content)
     assert place.score()["rows_scored"] == 0  # its own home has no journal: a fresh clone after `dvc pull`
-    assert place.published() == finished_rows
+    assert place.contents() == finished_rows
 
 
 @pytest.mark.slow
 def test_fewer_pairs_publish_fewer_rows_and_their_return_costs_nothing(finished, no_engine):
-    everything = finished.published()
+    everything = finished.contents()
     assert finished.score(write_prepared(finished.root / "fewer", finished.rows[:-3]))["rows_scored"] == 0
     assert open_reference(finished.out, expect=None).n_rows == len(finished.rows) - 3
     assert finished.score()["rows_scored"] == 0
-    assert finished.published() == everything
+    assert finished.contents() == everything
 
 
 @pytest.mark.slow
 def test_a_damaged_cache_is_published_anew_from_the_journal(finished, no_engine):
-    everything = finished.published()
+    everything = finished.contents()
     shard = next(path for path in finished.out.iterdir() if path.suffix == ".parquet")
     shard.write_bytes(shard.read_bytes()[:-100])
     assert finished.score()["rows_scored"] == 0
-    assert finished.published() == everything
+    assert finished.contents() == everything
 
 
 @pytest.mark.slow
 def test_a_damaged_cache_without_a_journal_lends_no_rows(finished, place, monkeypatch, capsys):
     place.out.mkdir()
-    for name, content in finished.published().items():
+    for name, content in finished.contents().items():
         flipped = bytearray(content)
         if name.endswith(".parquet"):
             flipped[len(flipped) // 2] ^= 1
@@ -239,7 +240,7 @@ def test_kills_and_a_hang_of_stage_and_engine_lose_nothing_and_a_poisonous_row_i
     assert json.loads(place.metrics.read_text())["rows_scored"] == 1
     assert set(kills.journalled(place.home).values()) == {1}
     assert finished.score()["rows_scored"] == 0  # in case another test left it grown or shrunk
-    assert place.published() == finished.published()
+    assert place.contents() == finished.contents()
 
 
 @pytest.mark.slow

@@ -32,6 +32,7 @@ from pipeline.upkeep import drift_check
 from pipeline.upkeep.drift_check import check_reference_drift
 from pipeline.workspace import journal_folder
 from tests import ROOT
+from tests.project import Project
 from tests.tiny import plain_logps, shift_row, write_model, write_pairs, write_reference_cache
 
 
@@ -53,30 +54,30 @@ def sound(tmp_path_factory):
     return root
 
 
-class Project:
+class DriftProject(Project):
     def __init__(self, root):
-        self.root, self.pairs, self.model, self.logps = root, root / "pairs", root / "model", root / "logps"
+        super().__init__(root)
         self.responses = read_responses(self.pairs).sort("response_key")
         self.keys = self.responses["response_key"].to_list()
 
     def check(self, **changes):
         options = {"trainer_dtype": "float32", "sample": None, "tolerance": 0.25, "rescore": False}
         options |= {"pairs": self.pairs, "model": self.model, "trust_remote_code": False}
-        return check_reference_drift(self.logps, **options | changes)
+        return check_reference_drift(self.out, **options | changes)
 
     def score(self):
         """The score stage, whose engine must not be needed."""
         return scoring.score_responses(
             pairs=self.pairs,
             model=self.model,
-            out=self.logps,
-            metrics=self.root / "metrics.json",
+            out=self.out,
+            metrics=self.metrics,
             params=ScoreParams(drift_sample=4),
             trainer_dtype="float32",
         )
 
     def cached(self, key):
-        return open_reference(self.logps, expect=None).rows([key])["token_logps"][0].to_list()
+        return open_reference(self.out, expect=None).rows([key])["token_logps"][0].to_list()
 
     def true(self, key):
         prompt, response = self.responses.row(self.keys.index(key), named=True)["prompt_ids"], self.response(key)
@@ -85,12 +86,9 @@ class Project:
     def response(self, key):
         return self.responses.row(self.keys.index(key), named=True)["response_ids"]
 
-    def files(self):
-        return {path.name: path.read_bytes() for path in self.logps.iterdir()}
-
     @property
     def reference_id(self):
-        return open_reference(self.logps, expect=None).identity.reference_id
+        return open_reference(self.out, expect=None).identity.reference_id
 
 
 @pytest.fixture
@@ -98,23 +96,23 @@ def project(sound, tmp_path, monkeypatch):
     monkeypatch.setenv("REFCACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(supervision, "EngineProcess", lambda *args, **kwargs: pytest.fail("an engine was started"))
     shutil.copytree(sound, tmp_path / "project")
-    return Project(tmp_path / "project")
+    return DriftProject(tmp_path / "project")
 
 
 def test_a_sound_cache_has_no_flagged_row_and_is_not_touched(project):
-    before = project.files()
+    before = project.contents()
     found = project.check()
     assert found["responses"] == len(project.keys) == 15 and found["flagged_rows"] == 0 and found["flagged"] == []
     assert found["tokens"] == project.responses["response_ids"].list.len().sum()
     assert found["per_token"]["max"] < 1e-4 and found["typical_margin"] > 1
     assert found["unchecked"] == 0 and found["rescored"] is None
-    assert project.files() == before
+    assert project.contents() == before
 
 
 def test_every_altered_row_is_flagged_with_its_drift_and_the_pairs_that_use_it(project):
     off = {project.keys[3]: 1.0, project.keys[12]: 2.5}
     for key, nats in off.items():
-        shift_row(project.logps, key, nats)
+        shift_row(project.out, key, nats)
     found = project.check()
     assert found["flagged_rows"] == 2
     assert [row["response_key"] for row in found["flagged"]] == [project.keys[12].hex(), project.keys[3].hex()]
@@ -130,33 +128,33 @@ def test_every_altered_row_is_flagged_with_its_drift_and_the_pairs_that_use_it(p
 
 def test_a_sample_sees_only_its_own_rows(project):
     sampled = choose_sample(project.responses, 4)["response_key"].to_list()
-    shift_row(project.logps, next(key for key in project.keys if key not in sampled), 1.0)
+    shift_row(project.out, next(key for key in project.keys if key not in sampled), 1.0)
     assert project.check(sample=4)["flagged_rows"] == 0
-    shift_row(project.logps, sampled[1], 1.0)
+    shift_row(project.out, sampled[1], 1.0)
     found = project.check(sample=4)
     assert found["responses"] == 4 and [row["response_key"] for row in found["flagged"]] == [sampled[1].hex()]
 
 
 def test_chunks_change_nothing(project, monkeypatch):
-    shift_row(project.logps, project.keys[7], 1.0)
+    shift_row(project.out, project.keys[7], 1.0)
     whole = project.check()
     monkeypatch.setattr(drift_check, "CHUNK_ROWS", 5)
     assert project.check() == whole
 
 
 def test_rescoring_replaces_exactly_the_flagged_rows_with_transformers_float32_values(project):
-    before = open_reference(project.logps, expect=None).scan().collect()
+    before = open_reference(project.out, expect=None).scan().collect()
     for key in project.keys[4:7]:
-        shift_row(project.logps, key, 1.0)
+        shift_row(project.out, key, 1.0)
     found = project.check(rescore=True)
     assert found["flagged_rows"] == 3 and found["rescored"] == {"rows": 3, "kept": 0, "still_flagged": 0}
-    assert verify(project.logps) == []
-    after = open_reference(project.logps, expect=None).scan().collect()
+    assert verify(project.out) == []
+    after = open_reference(project.out, expect=None).scan().collect()
     others = ~before["response_key"].is_in(project.keys[4:7])
     assert after.filter(others).equals(before.filter(others))
     for key in project.keys[4:7]:
         assert project.cached(key) == pytest.approx(project.true(key), abs=1e-5)
-    stored = json.loads((project.logps / "drift.json").read_text())
+    stored = json.loads((project.out / "drift.json").read_text())
     assert stored["rescored"] == {"rows": 3, "keys": keys_digest(project.keys[4:7])}
     assert stored["flagged"] == 0 and stored["per_sequence"]["max"] < 1e-4
     again = project.check(rescore=True)
@@ -166,32 +164,32 @@ def test_rescoring_replaces_exactly_the_flagged_rows_with_transformers_float32_v
 
 def test_rescored_rows_outlive_the_next_score_although_the_engines_are_journalled(project):
     key = project.keys[5]
-    shift_row(project.logps, key, 1.0)
+    shift_row(project.out, key, 1.0)
     with Journal(journal_folder() / project.reference_id) as journal:
-        journal.append(open_reference(project.logps, expect=None).scan().collect().to_arrow())
+        journal.append(open_reference(project.out, expect=None).scan().collect().to_arrow())
     project.check(rescore=True)
-    files = project.files()
+    files = project.contents()
     summary = project.score()
     assert summary["rows_scored"] == 0 and summary["drift"]["rescored"]["rows"] == 1
     assert project.cached(key) == pytest.approx(project.true(key), abs=1e-5)
     assert {name: files[name] for name in files if name != "drift.json"} == {
-        name: content for name, content in project.files().items() if name != "drift.json"
+        name: content for name, content in project.contents().items() if name != "drift.json"
     }
 
 
 def test_rescored_rows_travel_with_the_publication_to_a_clone_that_has_the_engines_rows(project, monkeypatch):
     key = project.keys[5]
-    shift_row(project.logps, key, 1.0)
-    engines = open_reference(project.logps, expect=None).scan().collect().to_arrow()
+    shift_row(project.out, key, 1.0)
+    engines = open_reference(project.out, expect=None).scan().collect().to_arrow()
     project.check(rescore=True)
     project.score()  # so that nothing but the place differs from here on
-    before = project.files()
+    before = project.contents()
     for home, rows in (("clone", engines), ("fresh-clone", None)):
         monkeypatch.setenv("REFCACHE_HOME", str(project.root / home))
         if rows is not None:
             with Journal(journal_folder() / project.reference_id) as journal:
                 journal.append(rows)
-        assert project.score()["rows_scored"] == 0 and project.files() == before
+        assert project.score()["rows_scored"] == 0 and project.contents() == before
 
 
 KILLED = """
@@ -219,11 +217,11 @@ drift_check.check_reference_drift(
 def test_a_killed_rescoring_keeps_what_it_journalled_and_publishes_it_next_time(project):
     off = project.keys[4:7]
     for key in off:
-        shift_row(project.logps, key, 1.0)
-    before = project.files()
-    arguments = [str(path) for path in (project.logps, project.pairs, project.model)]
+        shift_row(project.out, key, 1.0)
+    before = project.contents()
+    arguments = [str(path) for path in (project.out, project.pairs, project.model)]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL and project.files() == before
+    assert killed.returncode == -signal.SIGKILL and project.contents() == before
     found = project.check(rescore=True)
     assert found["rescored"] == {"rows": 2, "kept": 1, "still_flagged": 0}
     for key in off:
@@ -241,25 +239,25 @@ def test_rows_whose_float32_values_differ_too_are_counted_and_not_scored_for_eve
 
 
 def test_rescoring_waits_for_no_writer_and_disturbs_none(project):
-    shift_row(project.logps, project.keys[0], 1.0)
-    before = project.files()
+    shift_row(project.out, project.keys[0], 1.0)
+    before = project.contents()
     with Journal(journal_folder() / project.reference_id):
         assert project.check()["flagged_rows"] == 1  # looking is allowed
         with pytest.raises(CacheLocked, match="pid"):
             project.check(rescore=True)
-    assert project.files() == before
+    assert project.contents() == before
 
 
 def test_damage_is_never_published_under_a_new_checksum(project):
-    shift_row(project.logps, project.keys[0], 1.0)
-    shard = next(project.logps.glob("*.parquet"))
+    shift_row(project.out, project.keys[0], 1.0)
+    shard = next(project.out.glob("*.parquet"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    before = project.files()
+    before = project.contents()
     with pytest.raises(CacheCorrupt, match="--repair"):
         project.check(rescore=True)
-    assert project.files() == before
+    assert project.contents() == before
 
 
 def test_a_model_whose_forward_is_not_finite_is_a_failed_run_and_no_small_drift(project):

@@ -6,8 +6,8 @@ import polars as pl
 import pytest
 
 from cache import Journal, open_reference
+from tests.project import ScoredProject, write_project
 from tests.tiny import write_pairs
-from tests.tiny_project import Project, write_project
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def sound(tmp_path_factory):
 def project(sound, tmp_path):
     """With journals of the published reference, of rows rescored for it, and of another reference."""
     shutil.copytree(sound, tmp_path / "project")
-    project = Project(tmp_path / "project")
+    project = ScoredProject(tmp_path / "project")
     project.fill_journal()
     rows = open_reference(project.out, expect=None).scan().collect().to_arrow()
     project.ours = project.home / "journal" / project.identity.reference_id
@@ -38,7 +38,7 @@ def project(sound, tmp_path):
 def gc(project, *flags, **options):
     options = {"--reference": project.out, "--pairs": project.fewer} | options
     words = [str(word) for option in options.items() for word in option]
-    return project.run_plain("gc", *words, *flags)
+    return project.run("gc", *words, *flags)
 
 
 def tree(folder):

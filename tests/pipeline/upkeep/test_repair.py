@@ -9,8 +9,9 @@ import pytest
 
 from cache import Journal, open_reference, publish_reference, shards, verify
 from pipeline.engine import supervision
-from tests.tiny_project import Project, write_project
-from tests.tiny_reference import quick_engine, write_model
+from tests.project import ScoredProject, write_project
+from tests.tiny import write_model
+from tests.tiny_reference import quick_engine
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def sound(tmp_path_factory):
 @pytest.fixture
 def project(sound, tmp_path):
     shutil.copytree(sound, tmp_path / "project")
-    return Project(tmp_path / "project")
+    return ScoredProject(tmp_path / "project")
 
 
 @pytest.fixture
@@ -91,19 +92,19 @@ def test_a_running_scorer_is_not_disturbed(project, no_engine):
 
 
 def test_verify_with_drift_names_rows_above_the_tolerance_and_repair_rescores_them(project, no_engine):
-    assert "0 rows above 0.25 nats" in project.run("verify", project.out, "--drift", "--sample", 5).output
+    assert "0 rows above 0.25 nats" in project.command("verify", project.out, "--drift", "--sample", 5).output
     rows = open_reference(project.out, expect=None).scan().collect()
     wrong = rows.with_columns(pl.col("token_logps") - (pl.int_range(pl.len()) == 3).cast(pl.Float32))
     wrong = wrong.with_columns(
         pl.col("token_logps").list.eval(pl.element().cast(pl.Float64)).list.sum().alias("sum_logp")
     )
     publish_reference(project.out, wrong.to_arrow(), project.identity)
-    found = project.run("verify", project.out, "--drift")
+    found = project.command("verify", project.out, "--drift")
     assert found.exit_code == 1 and "1 row above 0.25 nats (train.drift_tolerance)" in found.stderr
     assert f"  {rows['response_key'][3].hex()}: " in found.stdout and "tiny.jsonl:" in found.stdout
-    mended = project.run("verify", project.out, "--drift", "--repair", **{"--metrics": project.metrics})
+    mended = project.command("verify", project.out, "--drift", "--repair", **{"--metrics": project.metrics})
     assert mended.exit_code == 0 and "1 scored anew with transformers in float32" in mended.output
-    assert "0 rows above" in project.run("verify", project.out, "--drift").output
+    assert "0 rows above" in project.command("verify", project.out, "--drift").output
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ from pipeline.engine import supervision
 from pipeline.params import ScoreParams
 from pipeline.reference import identity
 from pipeline.reference.scoring import score_responses
+from tests.project import ScoredProject, write_project
 from tests.tiny import write_pairs
-from tests.tiny_project import Project, write_project
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +23,12 @@ def sound(tmp_path_factory):
 @pytest.fixture
 def project(sound, tmp_path):
     shutil.copytree(sound, tmp_path / "project")
-    return Project(tmp_path / "project")
+    return ScoredProject(tmp_path / "project")
 
 
 def ask(project, *settings, **options):
     words = [word for setting in settings for word in ("--set", setting)]
-    result = project.run("why-miss", "--json", *words, **({"--reference": project.out} | options))
+    result = project.command("why-miss", "--json", *words, **({"--reference": project.out} | options))
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
@@ -40,7 +40,7 @@ def differs(found):
 def test_everything_is_reused_when_nothing_changed(project):
     found = ask(project)
     assert (found["responses"], found["reusable"], found["missing"], found["reasons"]) == (24, 24, 0, [])
-    text = project.run("why-miss", **{"--reference": project.out}).output
+    text = project.command("why-miss", **{"--reference": project.out}).output
     assert text.startswith("24 of 24 responses would be reused, 0 scored") and text.count("\n") == 1
 
 
@@ -98,7 +98,7 @@ def test_one_changed_weight_is_a_miss_that_names_the_field_and_both_values(proje
     theirs, ours = found["published"]["differs"]["weights"]
     (reason,) = found["reasons"]
     assert f"weights is {theirs[:12]} there, {ours[:12]} now" in reason and str(project.out) in reason
-    assert reason in project.run("why-miss", **{"--reference": project.out}).output
+    assert reason in project.command("why-miss", **{"--reference": project.out}).output
 
 
 @pytest.mark.parametrize(
@@ -183,4 +183,4 @@ def test_score_names_the_reference_of_its_journal(project, monkeypatch):
 
 def test_a_wrong_request_exits_2(project, tmp_path):
     for options in ({"--pairs": tmp_path / "absent"}, {"--model": tmp_path / "absent"}):
-        assert project.run("why-miss", **options).exit_code == 2
+        assert project.command("why-miss", **options).exit_code == 2
