@@ -47,7 +47,7 @@ def report_sketches(
 ) -> dict[str, Any]:
     """Spectrum, effective dimensions, errors and suggestions for the sketches in folder `path`, ready for JSON.
 
-    null_weights, ridge: of AuxDPO's loss (docs/sketches.md). Above `rows` rows a sample of that many is used: keys are
+    null_weights, ridge: of AuxDPO's loss (docs/auxdpo.md). Above `rows` rows a sample of that many is used: keys are
     digests, so the run of keys from a place that `seed` determines is as good as drawn. Takes 8 rows^2 bytes four times
     over, and time with the cube of the rows. Raises as `cache.open_sketches`, and RequestError for an empty publication
     and for more than MOST_ROWS rows.

@@ -39,7 +39,7 @@ The model has four blocks, so that its last 25 % are its last block; the last 50
 scored once for all cells and sketched once for each class. A LoRA's random A is part of what its sketches are of, so
 it is drawn once and all seeds share it. Learning rates are the demo's own and, as is usual, ten times that for the
 LoRA. `null_weight` is the default where everything trains. There it is 20 times m / (4 mean ||g||²), from where on a
-penalty is as stiff as the loss in a direction of average gradients (docs/sketches.md); for the other classes it is so,
+penalty is as stiff as the loss in a direction of average gradients (docs/auxdpo.md); for the other classes it is so,
 too, in round numbers. All this was set before any figure of this page was seen.
 """
 
