@@ -243,7 +243,7 @@ def matmul_peak(dtype: str) -> float:
 
 
 def useful_flops(case: Case) -> float:
-    """Of the matrix products that scoring each distinct token once needs; attention and rounding up to blocks aside."""
+    """Operations of the matrix products that scoring each distinct token once needs; no attention, no whole blocks."""
     hidden, inner, layers = MODEL["hidden_size"], MODEL["intermediate_size"], MODEL["num_hidden_layers"]
     keys = hidden * MODEL["num_key_value_heads"] // MODEL["num_attention_heads"]
     per_token = 2 * layers * (2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner)

@@ -26,7 +26,7 @@ FRAME_BYTES = 32 << 20  # of rows gathered before a frame is written; small batc
 
 @dataclass(frozen=True, kw_only=True)
 class Compaction:
-    """Of one journal: its folder, and rows and bytes of the file that are kept and dropped.
+    """What compacting one journal keeps and drops: its folder, rows, and bytes of the file.
 
     Bytes are exact after a compaction and an estimate before one.
     """

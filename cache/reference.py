@@ -124,7 +124,7 @@ class StoredRows:
 
     @cached_property
     def _ranges(self) -> list["_Ranges"]:
-        """Of every shard, the first and last key of each row group, as its footer states them."""
+        """The first and last key of each row group, shard by shard, as the footers state them."""
         self._require_intact()
         found = []
         with self._reading():

@@ -64,7 +64,7 @@ class ScoringProject(Project):
             )
 
     def sketch(self, pairs=None):
-        """Of the head, by the engine."""
+        """Sketch the head, by the engine."""
         paths = {"pairs": pairs or self.pairs, "model": self.model, "out": self.sketches}
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("REFCACHE_HOME", str(self.home))

@@ -134,7 +134,7 @@ class Projection:
 
     @classmethod
     def onto_complement(cls, basis: Tensor) -> Self:
-        """Of the span of a basis found before; singular values are not known."""
+        """The null space beside the span of a basis found before; singular values are not known."""
         made = cls.__new__(cls)
         made.basis = basis
         return made

@@ -85,7 +85,7 @@ class Offsets:
         return auxdpo(pair, beta=beta, chosen_offset=chosen, rejected_offset=rejected), sums
 
     def of(self, pairs: np.ndarray) -> Tensor:
-        """Of the chosen and the rejected responses of these pairs, (2, pairs); a copy."""
+        """Offsets of these pairs' chosen and rejected responses, (2, pairs); a copy."""
         return self.values[self._responses(pairs)]
 
     def add(self, pairs: np.ndarray, gradient: Tensor) -> None:

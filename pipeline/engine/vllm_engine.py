@@ -107,8 +107,8 @@ class VLLMEngine:
     def _answers(
         self, rows: Sequence[Row], wanted: Sequence[bool], on_finished: OnFinished | None, *, share: bool
     ) -> tuple[list[np.ndarray], list[HeadSketch | None], int]:
-        """Of each response: log-probs of the last tokens, as many as the engine computed, and the sketch where it is
-        wanted and all were; and the tokens that the engine skipped."""
+        """Log-probs of each response's last tokens, as many as the engine computed; its sketch where it is wanted and
+        all were; and how many tokens the engine skipped."""
         # Never shared with earlier passes: their responses may begin like ours, and what they were is forgotten.
         self._passes += 1
         self.backend.begin_pass(self.block_size)

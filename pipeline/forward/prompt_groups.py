@@ -52,7 +52,7 @@ class PromptGroups:
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor]:
-        """Of small groups, padded to (groups x longest,): token at each place (0 at pads); the place of each token."""
+        """Small groups padded to (groups x longest,): the token at each place (0 at pads), and each token's place."""
         sizes = [sum(group) for group in self.small]
         places = torch.cat([torch.arange(size) + row * max(sizes) for row, size in enumerate(sizes)])
         tokens = torch.zeros(len(sizes) * max(sizes), dtype=torch.int64)
@@ -88,7 +88,7 @@ class PromptGroups:
 
     @cached_property
     def pieces(self) -> Tensor:
-        """Of every token, (3, L) int32: the number of its prompt or response, of its group's prompt, its position."""
+        """For each token, (3, L) int32: number of its prompt or response, of its group's prompt, and its position."""
         sizes = torch.tensor([size for group in self.lengths for size in group])
         prompts = torch.tensor([0, *accumulate(map(len, self.lengths))][:-1])
         own = torch.arange(len(sizes)).repeat_interleave(sizes)
@@ -97,7 +97,7 @@ class PromptGroups:
         return torch.stack([own, prompt, position]).to(self.device, torch.int32)
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """Of the whole run, for FlexAttention. Made of all pairs of tokens, L x L bytes that are freed again."""
+        """FlexAttention's mask of the whole run. Made of all pairs of tokens, L x L bytes that are freed again."""
         key = ("blocks", window)
         if key not in self._masks:
             own, prompt, position = self.pieces.unbind()

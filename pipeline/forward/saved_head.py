@@ -42,7 +42,7 @@ class HeadParameters(NamedTuple):
 
 
 def head_parameters(model: Path, *, trust_remote_code: bool = False) -> HeadParameters:
-    """Of the model in this folder, named as they are where gradients are taken; no weight is read.
+    """Parameters of this folder's output head, named as where gradients are taken; no weight is read.
 
     Raises RequestError for a head that is not one linear layer.
     """

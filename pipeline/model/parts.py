@@ -49,6 +49,6 @@ def disable_dropout(model: nn.Module) -> nn.Module:
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Of whatever kind, in training mode."""
+    """Whether a forward in training mode would drop anything, by whatever kind of layer."""
     rates = [m.p if isinstance(m, nn.Dropout) else getattr(m, "attention_dropout", 0.0) for m in model.modules()]
     return any(isinstance(rate, int | float) and rate > 0 for rate in rates)

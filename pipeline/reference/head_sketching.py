@@ -52,7 +52,7 @@ class HeadSketches(NamedTuple):
 def head_sketches(
     model: Path, params: SketchParams, *, weights: str, config: str, trust_remote_code: bool = False
 ) -> HeadSketches:
-    """Of the model in this folder; weights, config: its digests. Raises RequestError for a head that isn't linear.
+    """Sketches of this folder's output head; weights, config: digests. RequestError for a head that isn't linear.
 
     The identity says what the sketches are of, whatever `trainable` is: the head or, where it is tied to the
     embeddings, its part of their common gradient, which is the gradient of nothing that trains.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def sketch_identity(
     model: Path, *, params: SketchParams, trainable: Trainable, trust_remote_code: bool = False
 ) -> SketchIdentity:
-    """Of what `sketch_responses` would publish. For a backward pass loads the model: what trains in it belongs here."""
+    """The identity that `sketch_responses` would publish. A backward pass loads the model to see what trains in it."""
     if params.mode == NONE:
         return SketchIdentity(mode=NONE)
     if params.by_engine:

@@ -1,4 +1,7 @@
-"""Train one policy against the reference cache: what the `train` stage does. The ranks' side is in training/."""
+"""Train one policy against the reference cache: what the `train` stage does before and after its ranks.
+
+What a rank does begins in training/rank.py, and its loop is training/loop.py.
+"""
 
 from pathlib import Path
 from typing import Any

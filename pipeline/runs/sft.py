@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of the reference: what the `sft` stage does. The ranks' side is in training/."""
+"""Supervised fine-tuning of the reference: what the `sft` stage does; a rank's side begins in training/rank.py."""
 
 from pathlib import Path
 from typing import Any

@@ -24,8 +24,9 @@ from pipeline.sketches.sums import CHUNK_NUMBERS, Sums, by_tokens_is_cheaper, lo
 
 
 class Sketched(NamedTuple):
-    """Of n responses. values: (n, width) by group; audit: (n, audit width); grad_norm: (n,), of the exact gradient.
+    """Sketches of n responses.
 
+    values: (n, width) by group; audit: (n, audit width); grad_norm: (n,), of the exact gradient;
     sum_logp: (n,) float64, nats, of the same forward. All on the CPU; float32 where nothing else is said.
     """
 

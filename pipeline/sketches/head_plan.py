@@ -25,7 +25,7 @@ class HeadPlan(NamedTuple):
 
 
 class HeadSketch(NamedTuple):
-    """Of one response, float32. values: (k,); audit: (audit numbers,); grad_norm: of the head's gradient, exact."""
+    """A response's sketch, float32. values: (k,); audit: (audit numbers,); grad_norm: of the head's exact gradient."""
 
     values: np.ndarray
     audit: np.ndarray

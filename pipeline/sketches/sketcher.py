@@ -55,7 +55,7 @@ class Sketcher:
         self._device = device
 
     def identity(self, folder: Path) -> SketchIdentity:
-        """Of what this gives for the model in `folder`, whose weights are read once more to be digested."""
+        """Whose sketches these are, for the model in `folder`: its weights are read once more to be digested."""
         exact = self.exact is not None
         trainable = self.trainable if isinstance(self.trainable, str) else self.trainable.model_dump()
         return SketchIdentity(
@@ -80,7 +80,7 @@ class Sketcher:
         self._collector.__exit__(kind, error, at)
 
     def __call__(self, sequences: Sequence[tuple[Tokens, Tokens]]) -> Sketched:
-        """Of (prompt ids, response ids), in order; see GradientCollector."""
+        """Sketch (prompt ids, response ids), in order; see GradientCollector."""
         return self._collector(sequences)
 
     def _sums(self, n: int) -> list[Sums]:
@@ -110,6 +110,6 @@ def load_sketcher(
 
 
 def _exact_shapes(parts: TrainedParts) -> dict[str, torch.Size]:
-    """Of the parameters that have a gradient: while a LoRA's B is zero, its A has none."""
+    """Shapes of the parameters that have a gradient: while a LoRA's B is zero, its A has none."""
     zero = {n.replace(".lora_B.", ".lora_A.") for n, p in parts.parameters.items() if ".lora_B." in n and not p.any()}
     return {name: parameter.shape for name, parameter in parts.parameters.items() if name not in zero}

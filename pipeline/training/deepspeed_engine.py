@@ -58,7 +58,7 @@ class Engine:
                 dist.all_reduce(gradient)
 
     def _gradients(self) -> list[Tensor]:
-        """Of all that trains; zero where this rank's micro-batches did without a parameter, as others' may not have."""
+        """Gradients of all that trains; zeros where this rank's micro-batches did without what others' may use."""
         for parameter in self._trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -30,7 +30,7 @@ class Task(Protocol):
     kernels: dict[str, str]  # which ones the model has, for the metrics
 
     def tokens(self, examples: np.ndarray) -> int:
-        """Of one forward over these examples, in the layout at hand."""
+        """Tokens of one forward over these examples, in the layout at hand."""
 
     def loss(self, engine: Engine, micro: np.ndarray, batch: np.ndarray) -> tuple[Tensor, Sums]:
         """This micro-batch's share of the batch loss, and named sums over its examples for the history."""

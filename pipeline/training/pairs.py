@@ -42,7 +42,7 @@ class PairBatches:
         return len(self.keys)
 
     def tokens(self, pairs: np.ndarray) -> int:
-        """Of one forward over these pairs: padding counts, a prompt or response that is computed once counts once."""
+        """Tokens of one forward over these pairs: padding counts, and once what is computed once."""
         rows, _ = self._rows(pairs)
         responses, prompts = self._response_tokens[rows], self._prompt_tokens[rows]
         if self.layout == "padded":

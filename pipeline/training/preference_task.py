@@ -77,7 +77,7 @@ class PreferenceTask:
         return losses.sum() / len(batch), found
 
     def _losses(self, pair: PairLogps, micro: np.ndarray, batch: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of each pair, (B,), and sums that only this objective has."""
+        """The loss of each pair, (B,), and sums that only this objective has."""
         if self.offsets is not None:
             return self.offsets.losses(pair, micro, batch)
         return self.objective(pair, **self.hyperparameters), {}

@@ -149,7 +149,7 @@ def _spectrum(spectrum: Spectrum, found: _Rows, numbers: float) -> dict[str, Any
 
 
 def _errors(identity: SketchIdentity, found: _Rows) -> dict[str, dict[str, float]]:
-    """Of the squared norms of single rows, relative to the exact ones; rows without gradient are left out."""
+    """Errors of single rows' squared norms, relative to the exact ones; rows without gradient are left out."""
     seen = found.norms > 0
     if not seen.any():
         return {}

@@ -67,7 +67,7 @@ class Estimate(NamedTuple):
 
     @property
     def half(self) -> float:
-        """Of the wider interval."""
+        """Half the width of the wider interval."""
         return max(self.seeds.half, self.prompts.half)
 
     @property
@@ -95,11 +95,11 @@ class Results:
         self.pairs, self.answers = pairs, answers
 
     def estimate(self, name: str, variant: str, metric: str) -> Estimate:
-        """Of the class `name`."""
+        """The mean over seeds and prompts of one variant of the class `name`."""
         return self.contrast(metric, (1.0, name, variant))
 
     def difference(self, name: str, one: str, other: str, metric: str) -> Estimate:
-        """Of `one` less `other`, seed by seed and prompt by prompt."""
+        """The mean of `one` less `other`, seed by seed and prompt by prompt."""
         return self.contrast(metric, (1.0, name, one), (-1.0, name, other))
 
     def contrast(self, metric: str, *terms: Term) -> Estimate:

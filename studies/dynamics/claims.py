@@ -29,7 +29,7 @@ class Divergences:
         return mean_interval(self.by_prompt(variant))
 
     def difference(self, one: str, other: str) -> Mean:
-        """Of `one` less `other`, prompt by prompt."""
+        """The mean of `one` less `other`, prompt by prompt."""
         return mean_interval(self.by_prompt(one) - self.by_prompt(other))
 
 

@@ -38,7 +38,7 @@ class World:
 
     @property
     def gradients(self) -> Tensor:
-        """Of log pi at the reference, (X, Y, d)."""
+        """Gradients of log pi at the reference, (X, Y, d)."""
         return self.phi - self.mean
 
 
@@ -96,7 +96,7 @@ def optimum(world: World, beta: float) -> Tensor:
 
 
 def gain(world: World, u: Tensor, beta: float, best: Tensor) -> float:
-    """Of what the optimum `best` gains over the reference in `value`, the share that u / beta gains."""
+    """The share, of what the optimum `best` gains over the reference in `value`, that u / beta gains."""
     start = value(world, torch.zeros_like(u), beta)
     return ((value(world, u / beta, beta) - start) / (value(world, best, beta) - start)).item()
 

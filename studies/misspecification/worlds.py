@@ -58,7 +58,7 @@ class MisspecificationParams(Section):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one fit, by beta: share of the optimum's gain, and distance to the optimum over the optimum's length."""
+    """A fit's success, by beta: share of the optimum's gain, and distance to the optimum over the optimum's length."""
 
     gains: list[float]
     distances: list[float]

@@ -50,7 +50,7 @@ def t_quantile(freedom: int) -> float:
 
 
 def mean_interval(values: Sequence[float] | Floats) -> Mean:
-    """Of independent values (n,): seeds, or one value a prompt."""
+    """The mean of independent values (n,): seeds, or one value a prompt."""
     array = np.asarray(values, dtype=np.float64)
     if len(array) < 2:
         return Mean(float(array.mean()), math.nan)
@@ -59,7 +59,7 @@ def mean_interval(values: Sequence[float] | Floats) -> Mean:
 
 
 def clustered_interval(values: Sequence[float] | Floats, prompts: Sequence[bytes]) -> Mean:
-    """Of pairs (n,), where those of one prompt may be alike: the prompts are what was drawn.
+    """The mean of pairs (n,), where those of one prompt may be alike: the prompts are what was drawn.
 
     Cluster-robust standard error of a mean (Liang and Zeger 1986) with the usual factor G/(G-1) and t of G-1.
     """

@@ -47,7 +47,7 @@ def judge(cells: Cells, sweep: Sequence[Setting]) -> list[Claim]:
 
 
 def difference(cells: Cells, one: str, other: str, column: str) -> Mean:
-    """Of `one` less `other`, pair by pair, over prompts."""
+    """The mean of `one` less `other`, pair by pair, over prompts."""
     ours, prompts = cells.by_pair(one, column)
     theirs, _ = cells.by_pair(other, column)
     return clustered_interval(ours - theirs, prompts)

@@ -34,7 +34,7 @@ def plain(architecture: str) -> torch.nn.Module:
 
 
 def measured(model, dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of every run: sums of log-probs and the gradient by all weights; the model stays in `dtype`."""
+    """For every run: sums of log-probs and the gradient by all weights; the model stays in `dtype`."""
     model.to(dtype)
     found = []
     for groups in RUNS:

@@ -119,7 +119,7 @@ def test_expected_divergence_is_that_of_whole_answers(loaded):
 
 
 def test_drawn_answers_follow_the_policy_whatever_the_padding(loaded):
-    """Of many answers' first tokens the shares are the policy's probabilities, also beside a longer prompt."""
+    """Shares of many answers' first tokens are the policy's probabilities, also beside a longer prompt."""
     torch.manual_seed(0)
     n, prompt = 4000, [5, 6]
     with torch.inference_mode():
