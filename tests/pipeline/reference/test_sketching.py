@@ -18,7 +18,7 @@ from pipeline.reference import sketch_ranks, sketching
 from pipeline.reference.sketching import length_batches, sketch_responses
 from pipeline.sketches.sketcher import load_sketcher
 from tests import ROOT
-from tests.tiny import write_model, write_pairs
+from tests.tiny import POSITIONS, write_model, write_pairs
 
 pytestmark = pytest.mark.slow
 
@@ -179,10 +179,10 @@ def test_mode_none_writes_an_empty_publication_without_loading_torch(project):
 def test_rows_that_the_model_cannot_take_are_refused_before_it_is_loaded(project):
     rows = read_responses(project / "pairs")
     long = rows.with_columns(
-        pl.when(pl.col("split") == "train").then(pl.lit([5] * 300)).otherwise("response_ids").alias("response_ids")
+        response_ids=pl.when(pl.col("split") == "train").then(pl.lit([5] * POSITIONS)).otherwise("response_ids")
     ).cast({"response_ids": pl.List(pl.Int32)})
     keep(project, long)
-    with pytest.raises(RequestError, match="256 positions"):
+    with pytest.raises(RequestError, match=f"{POSITIONS} positions"):
         run(project, pairs="pairs-less")
 
 
