@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.engine import process
+from tests.engine_nursery import engines
 from tests.tiny import EOS, POSITIONS, VOCABULARY
 
 
@@ -46,7 +48,8 @@ def adversarial_rows(seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
 
 @contextmanager
 def quick_engine() -> Iterator[pytest.MonkeyPatch]:
-    """Settings under which a tiny engine starts fastest and leaves the machine to others."""
+    """A tiny engine starts fastest and leaves the machine to others: one thread, and vLLM imported once for all."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(process, "start_server", lambda *what: engines().start_server(*what))
         yield patch

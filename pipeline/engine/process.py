@@ -40,6 +40,24 @@ class Scored(NamedTuple):
     sketches: Sequence[HeadSketch | None] = ()
 
 
+def start_server(pipe: int, log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """server.py in a process of its own. pipe: descriptor of its side; log: gets all that it prints.
+
+    Not multiprocessing's own Process: this way the environment is the child's from its first instruction, its output is
+    in the log from the first byte, and killing it leaves no semaphores behind in our name.
+    """
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipeline.engine.server", str(pipe), str(os.getpid())],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=[pipe],
+            start_new_session=True,  # Ctrl-C is the stage's to handle, and the group can be killed as a whole
+        )
+
+
 class EngineProcess:
     """vLLM in a process of its own; a context manager. Load a model, then ask; after EngineFailed it is closed."""
 
@@ -55,18 +73,7 @@ class EngineProcess:
 
     def _start(self) -> None:
         self._pipe, theirs = multiprocessing.Pipe()
-        # Not multiprocessing's own Process: this way the environment is the child's from its first instruction, its
-        # output is in the log from the first byte, and killing it leaves no semaphores behind in our name.
-        with self.log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline.engine.server", str(theirs.fileno()), str(os.getpid())],
-                env=engine_environment(self._params),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is the stage's to handle, and the group can be killed as a whole
-            )
+        self._process = start_server(theirs.fileno(), self.log, engine_environment(self._params))
         theirs.close()
 
     @property

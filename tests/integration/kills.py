@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import polars as pl
 import pyarrow as pa
 
 from cache import response_key
@@ -21,11 +22,19 @@ from tests.scoring_project import PARAMS
 
 def journalled(home: Path) -> Counter[bytes]:
     """How often each key stands in the one journal under `home`; a torn end is left out."""
-    found: Counter[bytes] = Counter()
+    return Counter(key for rows in _tables(home) for key in rows["response_key"].to_pylist())
+
+
+def journalled_logps(home: Path) -> pl.DataFrame:
+    """The rows of log-probs in the journals under `home`, by key."""
+    tables = [rows for rows in _tables(home) if "token_logps" in rows.column_names]
+    return pl.concat([pl.DataFrame(pl.from_arrow(rows)) for rows in tables]).sort("response_key")
+
+
+def _tables(home: Path) -> Iterator[pa.Table]:
     for journal in home.glob("journal/*/rows.journal"):
         for payload in _payloads(journal.read_bytes()):
-            found.update(pa.ipc.open_stream(payload).read_all()["response_key"].to_pylist())
-    return found
+            yield pa.ipc.open_stream(payload).read_all()
 
 
 def _payloads(content: bytes) -> Iterator[bytes]:
@@ -56,16 +65,21 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 
 class Nursery:
-    """Starts score stages (stage_nursery.py) and tells how they ended; a context manager."""
+    """Starts score stages (stage_nursery.py) and tells how they ended; a context manager.
 
-    def __init__(self):
+    engines: where the stages' engines come from, vLLM included; without, they start their own, for a stand-in.
+    """
+
+    def __init__(self, engines=None):
+        descriptors = [engines.socket.fileno()] if engines else []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.stage_nursery"],
+            [sys.executable, "-m", "tests.integration.stage_nursery", *map(str, descriptors)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
+            pass_fds=descriptors,
         )
 
     def score(self, place, moments=(), *, wish=None, kill_after=None, **params):

@@ -1,14 +1,15 @@
-"""Score stages by fork, killed at chosen moments: `python -m tests.integration.stage_nursery`.
+"""Score stages by fork, killed at chosen moments: `python -m tests.integration.stage_nursery [ENGINES]`.
 
 A stage's imports take six seconds; this process has them loaded and forks a stage for every line of JSON on its
 standard input: `{"arguments", "environment", "output", "moments"}`. It answers with two lines: the stage's pid, and the
 status that os.waitpid gave for it. All that a stage does is real; a moment is [what, n], at which it or its engine gets
-SIGKILL (or SIGSTOP) in earnest.
+SIGKILL (or SIGSTOP) in earnest. ENGINES: descriptor of a socket to tests/engine_nursery.py, where engines come from.
 """
 
 import json
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,12 +20,12 @@ import torch  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: F401
 
 from cache import Journal, response_key
+from pipeline.engine import process
 from pipeline.engine.process import EngineProcess
 from pipeline.params import ScoreParams
-from pipeline.reference import (
-    scoring,
-)
+from pipeline.reference import scoring
 from stages.__main__ import exit_code
+from tests.engine_nursery import Engines
 
 UNEXPECTED = 3  # exit code of a stage that failed in no foreseen way
 APPENDED_BYTES = 200  # at least, for a write that is an append to the journal and not a lock file's
@@ -155,6 +156,8 @@ def run(order: dict[str, Any]) -> int:
 
 
 def main() -> None:
+    if sys.argv[1:]:
+        process.start_server = Engines(socket.socket(fileno=int(sys.argv[1]))).start_server  # type: ignore[assignment]
     for line in sys.stdin:
         order = json.loads(line)
         if (pid := os.fork()) == 0:

@@ -1,9 +1,9 @@
 """Nothing computed is lost: SIGKILL of the score stage and of its engine, over and over, at all sorts of moments.
 
 30 kills hit stages whose engine process is real but holds a stand-in for vLLM (tests/stand_in): 18 of the stage, 12 of
-the engine. Those with vLLM itself are in reference/test_scoring.py (3 of the stage, 2 of the engine, and a hang), those
-of dvc and of stages under it in test_kills_under_dvc.py. All are SIGKILL to the real process. The moments are
-drawn from a fixed seed; where a moment is a time, what it hits depends on the machine.
+the engine. Those with vLLM itself are in reference/test_scoring.py (2 of the stage, 2 of the engine, and a hang), those
+of dvc and of stages under it in test_kills_under_dvc.py. All are SIGKILL to the real process. The moments are drawn
+from a fixed seed; where a moment is a time, what it hits depends on the machine.
 """
 
 import random

@@ -20,7 +20,7 @@ from tests.integration.trainings import Finished, params_file, rank_pids, train_
 
 pytestmark = pytest.mark.slow
 
-LONG = {"epochs": 20.0}  # 90 steps, so that there is time to kill
+LONG = {"epochs": 8.0}  # 36 steps, so that there is time to kill
 PDSH = """#!{python}
 import subprocess, sys
 words = sys.argv[1:]
@@ -104,7 +104,7 @@ def test_a_stage_killed_after_a_checkpoint_takes_its_rank_along_and_is_continued
         assert time.monotonic() < deadline, "an orphaned rank trains on"
         time.sleep(0.05)
     assert not (tmp_path / "policy").exists()
-    done = stage.finish()
+    done = nursery.train(phase_one, tmp_path, **LONG)
     assert done.summary["resumed_from_step"] >= 3
     assert done.equals(nursery.train(phase_one, tmp_path / "whole", **LONG))
     assert not list(stage.work.iterdir())

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 from ruamel.yaml import YAML
 
-from tests import ROOT
+from tests import ROOT, stand_in
 
 pytestmark = pytest.mark.slow
 
@@ -65,10 +65,11 @@ def project(tmp_path_factory) -> Path:
     return folder
 
 
-def dvc(project: Path, *words: str) -> str:
-    """Run dvc there; returns what it printed, for `Running stage` lines."""
+def dvc(project: Path, *words: str, **changes: str) -> str:
+    """Run dvc there, with other environment variables; returns what it printed, for `Running stage` lines."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"}
+    environment = os.environ | changes | {"PATH": path, "TORCHDYNAMO_DISABLE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [changes.get("PYTHONPATH"), str(ROOT)]))
     environment.pop("REFCACHE_HOME", None)
     done = subprocess.run(["dvc", *words], cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -131,10 +132,11 @@ def test_changing_a_beta_trains_evaluates_and_reports_but_scores_nothing(project
 
 
 def test_five_per_cent_new_pairs_score_only_the_new_responses_and_leave_sft_alone(project, first_run):
+    """By a stand-in for vLLM; what vLLM is asked for then is in tests/pipeline/reference/test_scoring.py."""
     reference = (project / "models/reference/model.safetensors").read_bytes()
     with (project / "data/input/pairs.jsonl").open("a") as file:
         file.write(pair(100, 203) + pair(100, 600) + pair(101, 205) + pair(0, 77))
-    assert ran(dvc(project, "repro", "score")) == ["prepare", "score"]
+    assert ran(dvc(project, "repro", "score", **stand_in.environment({}))) == ["prepare", "score"]
     metrics = score_metrics(project)
     assert (metrics["rows_scored"], metrics["rows_reused"]) == (6, 120)
     assert (project / "models/reference/model.safetensors").read_bytes() == reference
