@@ -1,8 +1,8 @@
 """Engine processes by fork from one that has vLLM imported: `python -m tests.engine_nursery SOCKET`.
 
 vLLM's imports take seven seconds and more of each engine's start; most tests of engines are about what comes after.
-Everything else is real: server.py, the pipe, the log, a process group of the engine's own, its end. What starting a
-process by command line is like, and dying with its stage, is in pipeline/engine/test_process.py and the kills of dvc.
+Everything else is real: server.py, the pipe, the log, a process group of the engine's own, its end. Starts by command
+line, and engines that die with their stage, are in tests/pipeline/engine/test_process.py and the kills of dvc.
 
 SOCKET carries one request an engine: its environment, and descriptors of its pipe, its log, and a pipe that gets its
 pid and, when it has ended, its status. Several processes may use one socket, and each may be killed at any time.
