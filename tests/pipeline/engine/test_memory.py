@@ -12,8 +12,8 @@ from tests.tiny_reference import quick_engine
 
 pytestmark = pytest.mark.slow
 
-VOCABULARY, PROMPT, RESPONSE = 151_936, 4096, 1024
-BUDGET_MIB = 1200  # backends.LOGITS_BYTES and a little; all logits at once would be three arrays of 3,000 MiB
+VOCABULARY, PROMPT, RESPONSE = 151_936, 3072, 1024
+BUDGET_MIB = 1200  # backends.LOGITS_BYTES and a little; all logits at once would be three arrays of 2,400 MiB
 
 
 @pytest.fixture(scope="module")

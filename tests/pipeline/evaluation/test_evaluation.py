@@ -10,9 +10,9 @@ import pytest
 
 from cache import CacheIncomplete, CacheMismatch, logps_table, prompt_key, publish_reference
 from pipeline.data.tables import read_pairs, read_responses
-from pipeline.engine.process import EngineProcess
 from pipeline.engine.rows import engine_rows, token_arrays
 from pipeline.errors import RequestError
+from pipeline.evaluation import evaluation
 from pipeline.evaluation.evaluation import _expected_reward, _is_demo, _Samples, evaluate_policy
 from pipeline.evaluation.sampling import choose_prompts
 from pipeline.params import EvaluateParams, ScoreParams
@@ -84,12 +84,22 @@ def evaluate(tmp_path, model, pairs, reference):
     return call
 
 
+class IdleEngine:
+    """One that starts, and must not be asked to load."""
+
+    def __init__(self, params, *, log):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        pass
+
+
 @pytest.fixture
 def no_model_loads(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(EngineProcess, "load", refuse)
+    monkeypatch.setattr(evaluation, "EngineProcess", IdleEngine)
 
 
 # without an engine ----------------------------------------------------------------------------------------------------
