@@ -97,4 +97,4 @@ def _matched(
         raise CacheIncomplete(reference.incomplete(n_absent, absent, n_asked))
 
 
-_NO_KEYS = pa.schema([pa.field(KEY_COLUMN, pa.binary(16)), pa.field(SLOT, pa.int64())]).empty_table()
+_NO_KEYS = pa.Table.from_batches([], pa.schema([pa.field(KEY_COLUMN, pa.binary(16)), pa.field(SLOT, pa.int64())]))

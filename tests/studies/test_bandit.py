@@ -111,6 +111,7 @@ def test_the_penalty_reaches_it_as_its_weight_grows(counts):
     assert gradients().penalty(gradients().weights * delta)[0].item() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constraint", ["projection", "penalty"])
 @pytest.mark.parametrize("counts", [(1, 1, 100), (100, 1, 1)])
 def test_offsets_trained_beside_the_policy_bring_it_to_the_optimum(constraint, counts):

@@ -75,6 +75,7 @@ def test_commands_read_the_params_that_dvc_watches(stages):
         assert Path(stage.wdir) == Path(stage.repo.root_dir)  # where the packages are
 
 
+@pytest.mark.slow
 def test_a_stage_runs_again_when_its_code_changes(stages):
     """All rooms that it needs, whole: a list of files would leave out what is imported by way of others."""
     for stage in stages:

@@ -91,6 +91,7 @@ def test_the_summary_counts_what_the_tables_hold(demo):
     assert summary["skipped_rows"] == {"count": 0, "examples": []}
 
 
+@pytest.mark.slow
 def test_a_second_process_writes_the_same_bytes(demo, tmp_path):
     out, _ = demo
     code = (
