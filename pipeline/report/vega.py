@@ -50,16 +50,6 @@ def write_plots_page(path: Path) -> Path:
     return path
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.report.vega", description=__doc__.partition("\n")[0])
-    parser.add_argument("path", type=Path, help="for example .dvc/plots/offline.html")
-    write_plots_page(parser.parse_args().path)
-
-
-if __name__ == "__main__":
-    main()
-
-
 @cache  # building it takes seconds
 def vega_bundle() -> str:
     """Vega, Vega-Lite and vega-embed (about 0.9 MB) as one script that sets window.vega, vegaLite and vegaEmbed.
@@ -74,3 +64,13 @@ def vega_bundle() -> str:
 def escape_script(code: str) -> str:
     """`code` without what ends or confuses an HTML script element; it means the same in JS strings and regexes."""
     return re.sub(r"<(?=/script|script|!--)", r"\\x3C", code, flags=re.IGNORECASE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.report.vega", description=__doc__.partition("\n")[0])
+    parser.add_argument("path", type=Path, help="for example .dvc/plots/offline.html")
+    write_plots_page(parser.parse_args().path)
+
+
+if __name__ == "__main__":
+    main()
