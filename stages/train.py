@@ -59,7 +59,15 @@ def command(
         from pipeline.runs.memory_plan import STAGE_BYTES, plan_memory
 
         loop, objective = variant_loop(params.train, variant), params.train.variant(variant)
-        plan = plan_memory(model, pairs, loop, params.trainable, objective=objective, sketches=sketches)
+        plan = plan_memory(
+            model,
+            pairs,
+            loop,
+            params.trainable,
+            objective=objective,
+            sketches=sketches,
+            trust_remote_code=params.model.trust_remote_code,
+        )
         click.echo("\n".join(_lines(plan, STAGE_BYTES)))
         return
     from pipeline.runs.policy import train_policy
@@ -76,6 +84,7 @@ def command(
         metrics=metrics,
         params=params.train,
         trainable=params.trainable,
+        trust_remote_code=params.model.trust_remote_code,
     )
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.engine.rows import Row
+from pipeline.model.opening import open_model
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 133, 41
 # Nats per token that a right engine may be off by. A wrong position, head or scale is off by nats on random tokens.
@@ -50,14 +51,11 @@ def make_probe(
 ) -> Probe:
     """Forward the probe's rows once by plain transformers, in `dtype`, on the CPU (the accelerator is the engine's)."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     rows = probe_rows(vocabulary, longest)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
-    ).eval()
+    loaded = open_model(model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
     found = []
     with torch.inference_mode():
         for prompt, response in rows:

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.errors import RequestError
 from pipeline.forward.head import ChunkedHead
 from pipeline.model.digests import tensor_files
+from pipeline.model.opening import model_of_config
 from pipeline.model.parts import canonical_name
 
 
@@ -58,9 +59,8 @@ def head_parameters(model: Path, *, trust_remote_code: bool = False) -> HeadPara
 
 def _shell(model: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, nn.Linear]:
     """The model without storage, and its head. Raises ValueError for a head that is not one linear layer."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        shell = model_of_config(model, trust_remote_code=trust_remote_code)
     output = shell.get_output_embeddings()
     if not isinstance(output, nn.Linear):
         raise ValueError(f"{model}: the output head is a {type(output).__name__}, expected nn.Linear")

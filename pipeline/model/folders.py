@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from pipeline.errors import RequestError
 from pipeline.model.merged_adapter import merge_adapter
+from pipeline.model.opening import open_model
 from pipeline.model.parts import causal_model
 from pipeline.params import ModelParams, ScratchModel
 
@@ -19,12 +20,9 @@ def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> Pr
     if params.scratch is not None:
         return _from_scratch(params.scratch, tokenizer)
     assert params.name is not None  # ModelParams sees to it
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            params.name, revision=params.revision, trust_remote_code=params.trust_remote_code, dtype=torch.float32
-        )
-    except (OSError, ValueError) as error:
-        raise RequestError(f"model.name {params.name!r} can't be loaded: {error}") from None
+    model = open_model(
+        params.name, revision=params.revision, trust_remote_code=params.trust_remote_code, dtype=torch.float32
+    )
     if params.adapter is not None:
         failed = f"model.adapter {params.adapter!r} can't be merged into model.name {params.name!r}"
         model = merge_adapter(model, params.adapter, failed=failed)
@@ -35,11 +33,6 @@ def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> Pr
             "Some token ids would have no embedding; use a model and tokenizer that belong together."
         )
     return model
-
-
-def load_policy_start(folder: Path) -> PreTrainedModel:
-    """The reference's weights, float32 masters, to train a policy from."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def _from_scratch(scratch: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

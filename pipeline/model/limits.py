@@ -1,6 +1,5 @@
 """Which responses a model can take at all: token ids it has embeddings for, and lengths it has positions for."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from pipeline.errors import RequestError
+from pipeline.model.opening import open_config
 
 
 class ModelLimits(NamedTuple):
@@ -19,12 +19,7 @@ class ModelLimits(NamedTuple):
 
 def model_limits(folder: Path, *, trust_remote_code: bool = False) -> ModelLimits:
     """Read from config.json, with the architecture's defaults for what the file leaves out."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise RequestError(f"{folder} can't be read as a transformers model: {error}") from None
+    config = open_config(folder, trust_remote_code=trust_remote_code).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     if positions and rope.get("rope_type") in ("linear", "dynamic"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import RequestError
+from pipeline.model.opening import open_model
 from pipeline.progress import activity
 from pipeline.workspace import scratch_folder
 
@@ -49,10 +50,9 @@ def _remove_orphans() -> None:
 
 def _merge(adapter: Path, base: Path, out: Path, *, trust_remote_code: bool) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
 
     # float32, so that the merge adds no rounding of its own; vLLM casts to score.dtype.
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = open_model(base, dtype=torch.float32, trust_remote_code=trust_remote_code)
     merge_adapter(model, adapter, failed=f"{adapter} can't be merged into {base}").save_pretrained(out)
 
 

@@ -17,19 +17,17 @@ class TrainerForward:
     def __init__(self, model: Path, dtype: str, *, trust_remote_code: bool = False) -> None:
         """model: a transformers folder; dtype: "float32" or "bfloat16", what the weights are cast to."""
         import torch
-        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         from pipeline.forward.logps import ResponseLogps
+        from pipeline.model.opening import open_model
 
         self.model, self.dtype = model, dtype
         logging.disable_progress_bar()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         with activity(f"loading {model} in transformers"):
-            loaded = AutoModelForCausalLM.from_pretrained(
-                model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
-            )
-            self._logps = ResponseLogps(loaded.to(self.device).eval(), _CHUNK_TOKENS)
+            loaded = open_model(model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+            self._logps = ResponseLogps(loaded.to(self.device), _CHUNK_TOKENS)
 
     def __call__(self, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
         """Token log-probs of the response in nats, (response length,) float32; RunFailed where one is not finite."""

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.auxdpo.rank_share import planned_bytes
 from pipeline.forward.head import ChunkedHead
 from pipeline.forward.layout import ATTENTION
 from pipeline.forward.logps import ResponseLogps, TokenBatch
+from pipeline.model.opening import model_of_config
 from pipeline.model.parts import causal_model, text_config
 from pipeline.model.trainable import select_trainable
 from pipeline.params import AnyVariant, AuxDPO, LoopParams, Trainable
@@ -59,6 +59,7 @@ def plan_memory(
     *,
     objective: AnyVariant | None = None,
     sketches: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> MemoryPlan:
     """model: a transformers folder, of which only the config is read. layout: auto counts as shared prompts.
 
@@ -68,9 +69,8 @@ def plan_memory(
     layout = "shared_prompts" if loop.layout == "auto" else loop.layout
     batches = PairBatches(pairs, layout)
     micro = _largest_micro_batch(batches, loop)
-    config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):  # peft knows this device, and not fake tensors
-        policy = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, loop.dtype))
+        policy: Any = model_of_config(model, dtype=getattr(torch, loop.dtype), trust_remote_code=trust_remote_code)
         if layout != "padded":
             policy.set_attn_implementation(ATTENTION)
         policy = select_trainable(policy, trainable)

@@ -37,6 +37,7 @@ def train_policy(
     params: TrainParams,
     trainable: Trainable,
     sketches: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Train `variant` with `seed` from the reference's weights, without a reference model; returns train.json's dict.
 
@@ -65,7 +66,7 @@ def train_policy(
         title=f"{variant}-{seed}",
         paths={name: str(path) for name, path in paths.items()},
         loop=settings.model_dump(include=set(LoopParams.model_fields)),
-        settings=_task_settings(settings, objective, trainable),
+        settings=_task_settings(settings, objective, trainable, trust_remote_code),
         seed=seed,
         log_to=tuple(settings.log_to),
     )
@@ -97,7 +98,9 @@ def _fitting_sketches(sketches: Path | None, pairs: Path, objective: AuxDPO, **m
     return found.path
 
 
-def _task_settings(settings: TrainParams, objective: AnyVariant, trainable: Trainable) -> dict[str, Any]:
+def _task_settings(
+    settings: TrainParams, objective: AnyVariant, trainable: Trainable, trust_remote_code: bool
+) -> dict[str, Any]:
     """What training/preference_task.py is told beside the loop's parameters."""
     return {
         "objective": objective.objective,
@@ -107,6 +110,8 @@ def _task_settings(settings: TrainParams, objective: AnyVariant, trainable: Trai
         "trainable": trainable if isinstance(trainable, str) else trainable.model_dump(),
         "evaluate_every": settings.evaluate_every,
         "evaluate_pairs": settings.evaluate_pairs,
+        # Only where it is set: the settings name the work folder, and runs begun without it go on.
+        **({"trust_remote_code": True} if trust_remote_code else {}),
     }
 
 

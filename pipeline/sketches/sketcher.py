@@ -14,6 +14,7 @@ from cache.sketches import canonical_json
 from pipeline.errors import RequestError
 from pipeline.forward.logps import Tokens
 from pipeline.model.digests import config_digest, weights_digest
+from pipeline.model.opening import open_model
 from pipeline.model.parts import causal_model, disable_dropout
 from pipeline.model.trainable import adapter_digest, select_trainable
 from pipeline.params import SketchParams, Trainable
@@ -95,17 +96,11 @@ def load_sketcher(
     folder: Path, params: SketchParams, trainable: Trainable, *, trust_remote_code: bool = False, rank: int = 0
 ) -> Sketcher:
     """A Sketcher of the transformers model in `folder`, on GPU number `rank` where there are any."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, params.dtype), trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{folder} can't be loaded as a transformers model: {error}") from None
+    model: nn.Module = open_model(folder, dtype=getattr(torch, params.dtype), trust_remote_code=trust_remote_code)
     return Sketcher(model.to(device), params, trainable)
 
 

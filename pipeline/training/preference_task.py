@@ -15,7 +15,7 @@ from pipeline.data.tables import name_pairs
 from pipeline.forward.kernels import choose_kernels
 from pipeline.forward.layout import choose_layout
 from pipeline.forward.logps import ResponseLogps, sequence_sums
-from pipeline.model.folders import load_policy_start
+from pipeline.model.opening import open_model
 from pipeline.model.parts import causal_model, disable_dropout
 from pipeline.model.trainable import select_trainable
 from pipeline.objectives import OBJECTIVES, PairLogps
@@ -120,8 +120,12 @@ def start(job: Job, loop: LoopParams) -> TrainingRun:
     """One rank's share; no reference model is loaded."""
     trainable = TypeAdapter(Trainable).validate_python(job.settings["trainable"])
     with divided_from_the_start(loop, micro_steps=micro_steps_for(loop)):
-        model = load_policy_start(Path(job.paths["model"]))
-    model = select_trainable(model, trainable)
+        start_model = open_model(
+            Path(job.paths["model"]),
+            dtype=torch.float32,  # masters
+            trust_remote_code=job.settings.get("trust_remote_code", False),
+        )
+    model = select_trainable(start_model, trainable)
     if loop.activation_checkpointing:
         causal_model(model).gradient_checkpointing_enable({"use_reentrant": False})
     layout = choose_layout(disable_dropout(model), loop.layout, best="shared_prompts")

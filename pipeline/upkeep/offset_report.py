@@ -20,7 +20,7 @@ from pipeline.data.tables import PAIR_SIDES, scan_pairs, scan_responses
 from pipeline.errors import RequestError
 from pipeline.forward.logps import ResponseLogps, Tokens
 from pipeline.model.digests import config_digest, weights_digest
-from pipeline.model.folders import load_policy_start
+from pipeline.model.opening import open_model
 from pipeline.model.parts import disable_dropout
 from pipeline.model.trainable import select_trainable
 from pipeline.params import AuxDPO, Trainable
@@ -104,7 +104,7 @@ def _true_penalty(found: Offsets, sketches: Path, folder: Path, trainable: Train
     with activity(f"loading {folder}"):
         digests = {"weights": weights_digest(folder), "config": config_digest(folder)}
         open_fitting(sketches, **digests, trainable=trainable)
-        model = disable_dropout(select_trainable(load_policy_start(folder), trainable)).eval()
+        model = disable_dropout(select_trainable(open_model(folder, dtype=torch.float32), trainable)).eval()
         require_adapter(sketches, model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sequences, coefficients = _longest_first(_sequences(pairs, found.keys), found.coefficients())

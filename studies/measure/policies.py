@@ -7,9 +7,9 @@ from typing import Any
 def load_model(folder: Path) -> Any:
     """A transformers folder in float32 for inference, on the GPU where there is one."""
     import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from pipeline.model.opening import open_model
+
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return open_model(folder, dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
