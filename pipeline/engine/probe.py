@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.engine.rows import Row
 from pipeline.model.opening import open_model
+from pipeline.model.proof import made_up_ids
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 133, 41
 # Nats per token that a right engine may be off by. A wrong position, head or scale is off by nats on random tokens.
@@ -35,10 +36,8 @@ class Probe(NamedTuple):
 
 def probe_rows(vocabulary: int, longest: int) -> list[Row]:
     """Rows of at most `longest` tokens, at least 2, with ids below `vocabulary`; the same for the same arguments."""
-    random = np.random.default_rng(0)
     response_tokens = max(1, min(RESPONSE_TOKENS, longest // 2))
-    # Ordinary tokens: a model may treat the highest ids as pictures or tools.
-    ids = random.integers(0, min(vocabulary, 1000), PROMPT_TOKENS + 2 * RESPONSE_TOKENS).astype(np.int32)
+    ids = made_up_ids(vocabulary, PROMPT_TOKENS + 2 * RESPONSE_TOKENS)
     prompt = ids[: max(1, min(PROMPT_TOKENS, longest - response_tokens))]
     response = ids[PROMPT_TOKENS : PROMPT_TOKENS + response_tokens]
     other = ids[PROMPT_TOKENS + RESPONSE_TOKENS :][:response_tokens]

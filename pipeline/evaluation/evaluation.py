@@ -118,7 +118,7 @@ class _Cell(NamedTuple):
             policy_engine = stack.enter_context(self._start("policy"))
             reference_engine = stack.enter_context(self._start("reference")) if len(prompts) else None
             length = self._length(policy, responses, prompts)
-            stop = stop_token_ids(self.reference_model, responses)
+            stop = stop_token_ids(self.reference_model, responses, trust_remote_code=self.trust_remote_code)
             policy_engine.load(policy, length, sampling=True, trust_remote_code=self.trust_remote_code)
             sums = self._score(policy_engine, responses, "policy")
             if reference_engine is None:
@@ -131,7 +131,8 @@ class _Cell(NamedTuple):
             rewards = None
             if _is_demo(responses, prompts):
                 baseline = self._sample(reference_engine, prompts, stop, "reference")
-                rewards = _expected_reward(samples, baseline, open_tokenizer(self.reference_model))
+                tokenizer = open_tokenizer(self.reference_model, trust_remote_code=self.trust_remote_code)
+                rewards = _expected_reward(samples, baseline, tokenizer)
         kl = samples.by_prompt([own[key] - theirs[key] for key in samples.rows["response_key"]])
         return sums, _sample_metrics(kl, rewards)
 

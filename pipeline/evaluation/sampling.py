@@ -19,14 +19,14 @@ def choose_prompts(responses: pl.DataFrame, count: int) -> pl.DataFrame:
     )
 
 
-def stop_token_ids(model: Path, responses: pl.DataFrame) -> list[int]:
+def stop_token_ids(model: Path, responses: pl.DataFrame, *, trust_remote_code: bool = False) -> list[int]:
     """Tokens that end an answer, sorted: the model's and tokenizer's end-of-sequence ids, and the data's end of turn.
 
     The last is the token that all complete responses end with, if no response has it elsewhere: chat templates may
     close a turn with a token that neither config nor tokenizer calls an end.
     """
     found = {id for name in ("generation_config.json", "config.json") for id in _eos_ids(model / name)}
-    found |= _tokenizer_eos(model)
+    found |= _tokenizer_eos(model, trust_remote_code)
     ids = pl.col("response_ids")
     complete = responses.filter(~pl.col("truncated"))
     last = complete.select(ids.list.last().unique()).to_series().to_list()
@@ -44,6 +44,8 @@ def _eos_ids(file: Path) -> list[int]:
     return [] if eos is None else eos if isinstance(eos, list) else [eos]
 
 
-def _tokenizer_eos(model: Path) -> set[int]:
-    eos = open_tokenizer(model).eos_token_id if (model / "tokenizer_config.json").exists() else None
+def _tokenizer_eos(model: Path, trust_remote_code: bool) -> set[int]:
+    if not (model / "tokenizer_config.json").exists():
+        return set()
+    eos = open_tokenizer(model, trust_remote_code=trust_remote_code).eos_token_id
     return set() if eos is None else {eos}

@@ -15,7 +15,9 @@ from pipeline.errors import RequestError
 _VOLATILE_CONFIG_KEYS = {"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 
 
-class _Tensor(NamedTuple):
+class StoredTensor(NamedTuple):
+    """Where a tensor lies in a safetensors file, and as what."""
+
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -26,7 +28,7 @@ class _Tensor(NamedTuple):
 
 def weights_digest(folder: Path) -> str:
     """Hex digest over (name, dtype, shape, bytes) of all tensors; moving or re-sharding the files changes nothing."""
-    tensors = sorted(tensor for file in _weight_files(folder) for tensor in _tensors_of(file))
+    tensors = sorted(stored_tensors(folder))
     for tensor, following in pairwise(tensors):
         if tensor.name == following.name:
             raise RequestError(
@@ -70,7 +72,12 @@ def _stable(value: Any) -> Any:
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """The safetensors file of each tensor by name; raises as `weights_digest`."""
-    return {tensor.name: tensor.file for file in _weight_files(folder) for tensor in _tensors_of(file)}
+    return {tensor.name: tensor.file for tensor in stored_tensors(folder)}
+
+
+def stored_tensors(folder: Path) -> list[StoredTensor]:
+    """Every tensor of the folder's safetensors files, from their headers; raises as `weights_digest`."""
+    return [tensor for file in _weight_files(folder) for tensor in tensors_of(file)]
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -93,7 +100,7 @@ def _weight_files(folder: Path) -> list[Path]:
     raise RequestError(f"{folder} has no *.safetensors. It is written by `refcache sft` (run `dvc repro sft`).")
 
 
-def _tensors_of(file: Path) -> list[_Tensor]:
+def tensors_of(file: Path) -> list[StoredTensor]:
     """The header of a safetensors file: uint64 length, then JSON with dtype, shape and offsets behind the header."""
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -107,7 +114,7 @@ def _tensors_of(file: Path) -> list[_Tensor]:
     header.pop("__metadata__", None)
     base = 8 + length
     tensors = [
-        _Tensor(name, entry["dtype"], tuple(entry["shape"]), file, *(base + at for at in entry["data_offsets"]))
+        StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, *(base + at for at in entry["data_offsets"]))
         for name, entry in header.items()
     ]
     end = max((tensor.stop for tensor in tensors), default=base)
@@ -116,7 +123,7 @@ def _tensors_of(file: Path) -> list[_Tensor]:
     return tensors
 
 
-def _content_digest(tensor: _Tensor) -> bytes:
+def _content_digest(tensor: StoredTensor) -> bytes:
     digest = hashlib.blake2b(digest_size=32)
     if tensor.start < tensor.stop:  # an empty tensor can't be mapped in a file that ends there
         with (

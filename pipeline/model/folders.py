@@ -1,6 +1,7 @@
 """Build, load and save causal language models as transformers folders."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import RequestError
+from pipeline.model.generation import make_savable
 from pipeline.model.merged_adapter import merge_adapter
 from pipeline.model.opening import open_model
 from pipeline.model.parts import causal_model
+from pipeline.model.proof import vocabulary_of
 from pipeline.params import ModelParams, ScratchModel
 
 
@@ -25,8 +28,9 @@ def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> Pr
     )
     if params.adapter is not None:
         failed = f"model.adapter {params.adapter!r} can't be merged into model.name {params.name!r}"
-        model = merge_adapter(model, params.adapter, failed=failed)
-    size = model.get_input_embeddings().num_embeddings
+        model, _ = merge_adapter(model, params.adapter, failed=failed)
+    model.requires_grad_(True)  # peft froze what it merged into
+    size = vocabulary_of(model)
     if len(tokenizer) > size:
         raise RequestError(
             f"model.name {params.name!r} has {size} embeddings, its tokenizer {len(tokenizer)} tokens. "
@@ -58,8 +62,14 @@ def _from_scratch(scratch: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> 
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def save_model(model: nn.Module, state: dict[str, Tensor], tokenizer: Path, out: Path) -> None:
-    """Write `state` (the model's parameter names) with config and tokenizer to `out`, complete or not at all."""
+def save_model(
+    model: nn.Module, state: dict[str, Tensor], tokenizer: Path, out: Path, *, prove: Callable[[Path], None]
+) -> None:
+    """Write `state` (the model's parameter names) with config and tokenizer to `out`, complete or not at all.
+
+    prove: called with the written folder before it takes its place; raises where it is not what was meant.
+    """
+    make_savable(causal_model(model))
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -67,13 +77,17 @@ def save_model(model: nn.Module, state: dict[str, Tensor], tokenizer: Path, out:
     cast(PreTrainedModel, model).save_pretrained(building, state_dict=state, safe_serialization=True)
     if causal_model(model) is model:
         copy_tokenizer(tokenizer, building)
+    prove(building)
     shutil.rmtree(out, ignore_errors=True)
     building.rename(out)
 
 
 def copy_tokenizer(tokenizer: Path, model: Path) -> None:
-    """Put the tokenizer's files beside the weights, so that the folder works on its own."""
-    names = ("token", "vocab", "merges", "special", "added", "chat_template", "spiece")
+    """Put the tokenizer's files beside the weights, so that the folder works on its own.
+
+    tokenizer: a folder with nothing else, or that of another model; a tokenizer of one's own may name files anyhow.
+    """
     for file in sorted(tokenizer.iterdir()):
-        if file.name.startswith(names):
+        weights = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
+        if file.is_file() and not weights and not (model / file.name).exists():
             shutil.copyfile(file, model / file.name)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import RequestError
+from pipeline.model.adapters import merged, open_adapter
 from pipeline.model.opening import open_model
+from pipeline.model.proof import Answers, answers, require_same_answers, require_written
 from pipeline.progress import activity
 from pipeline.workspace import scratch_folder
 
@@ -29,13 +31,13 @@ def loadable(policy: Path, reference_model: Path, *, trust_remote_code: bool = F
         yield policy
         return
     _remove_orphans()
-    merged = Path(tempfile.mkdtemp(prefix=f"merged-{os.getpid()}-", dir=scratch_folder()))
+    folder = Path(tempfile.mkdtemp(prefix=f"merged-{os.getpid()}-", dir=scratch_folder()))
     try:
         with activity(f"merging {policy} into {reference_model}"):
-            _merge(policy, reference_model, merged, trust_remote_code=trust_remote_code)
-        yield merged
+            _merge(policy, reference_model, folder, trust_remote_code=trust_remote_code)
+        yield folder
     finally:
-        shutil.rmtree(merged, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_orphans() -> None:
@@ -53,18 +55,21 @@ def _merge(adapter: Path, base: Path, out: Path, *, trust_remote_code: bool) -> 
 
     # float32, so that the merge adds no rounding of its own; vLLM casts to score.dtype.
     model = open_model(base, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    merge_adapter(model, adapter, failed=f"{adapter} can't be merged into {base}").save_pretrained(out)
+    model, expected = merge_adapter(model, adapter, failed=f"{adapter} can't be merged into {base}")
+    model.save_pretrained(out)
+    del model  # not both at once
+    require_written(out, expected, trust_remote_code=trust_remote_code)
 
 
-def merge_adapter(model: "PreTrainedModel", adapter: str | Path, *, failed: str) -> "PreTrainedModel":
+def merge_adapter(model: "PreTrainedModel", adapter: str | Path, *, failed: str) -> tuple["PreTrainedModel", Answers]:
     """Plain weights with the adapter added: what is scored, trained from and digested is then one and the same.
 
-    adapter: a peft adapter, local folder or hub id. failed: how the message begins of the RequestError for one that is
-    absent, malformed, of other shapes, or whose numbers are not finite.
+    Returns them with `proof.answers` of the model with its adapter, for what will be written. adapter: a peft adapter,
+    local folder or hub id. failed: how the message begins; raises RequestError as `open_adapter`, RunFailed where the
+    merged model answers otherwise.
     """
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise RequestError(f"{failed}: {error}") from None
+    adapted = open_adapter(model, adapter, failed=failed)
+    expected = answers(adapted)
+    model = merged(adapted, failed=failed)
+    require_same_answers(model, expected, failed)
+    return model, expected

@@ -20,8 +20,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 SHOWN_TENSORS = 4  # in an error
 _LFS = b"version https://git-lfs.github.com/spec/"
 _REMEDY = (
-    "Give a transformers folder with config.json and *.safetensors, or the id of a model on the Hugging Face hub; the "
-    "hub needs a network (or a copy in its cache), and gated models a login."
+    "Expected is a transformers folder with config.json and *.safetensors, or (model.name) the id of a model on the "
+    "Hugging Face hub, which needs a network or a copy in its cache, and for gated models a login."
 )
 
 
@@ -87,8 +87,11 @@ def refuse_adapter(source: str | Path) -> None:
 
 
 @contextmanager
-def translated(source: str | Path) -> Iterator[None]:
-    """Whatever transformers raises while opening `source` becomes a RequestError with file, reason and remedy."""
+def translated(source: str | Path, *, what: str = "", remedy: str = _REMEDY) -> Iterator[None]:
+    """Whatever transformers raises while opening `source` becomes a RequestError with file, reason and remedy.
+
+    what: the message's first words instead of the source.
+    """
     try:
         yield
     except RequestError:
@@ -98,9 +101,7 @@ def translated(source: str | Path) -> Iterator[None]:
         reason = " ".join(str(error).split()) or "no reason given"
         if "trust_remote_code" in reason:
             remedy = "Its code comes with it: read that, then set model.trust_remote_code: true to run it."
-        else:
-            remedy = _REMEDY
-        raise RequestError(f"{source} can't be opened ({type(error).__name__}: {reason}). {remedy}") from error
+        raise RequestError(f"{what or source} can't be opened ({type(error).__name__}: {reason}). {remedy}") from error
 
 
 def _adapter_message(source: str | Path, file: Path | None) -> str:
@@ -166,7 +167,7 @@ def _require_whole(source: Path, found: Mapping[str, Any]) -> None:
         ],
         "not read": list(found["error_msgs"]),
     }
-    problems = "; ".join(_listed(kind, tensors) for kind, tensors in kinds.items() if tensors)
+    problems = "; ".join(listed(kind, tensors) for kind, tensors in kinds.items() if tensors)
     if problems:
         raise RequestError(
             f"{_weights_of(source, unexpected)} does not fit the model of its config.json; tensors {problems}. "
@@ -176,7 +177,8 @@ def _require_whole(source: Path, found: Mapping[str, Any]) -> None:
         )
 
 
-def _listed(kind: str, tensors: list[str]) -> str:
+def listed(kind: str, tensors: list[str]) -> str:
+    """For messages: what is wrong with tensors, how many, and the first of them."""
     more = ", ..." if len(tensors) > SHOWN_TENSORS else ""
     return f"{kind} ({len(tensors)}): {', '.join(tensors[:SHOWN_TENSORS])}{more}"
 

@@ -1,11 +1,14 @@
 """The tokenizer: a model's own, used as it is, or a byte-level BPE trained on the sft rows for a from-scratch model."""
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RequestError
+from pipeline.model.adapters import adapter_tokenizer
+from pipeline.model.opening import refuse_adapter, translated
 from pipeline.params import ModelParams
 
 PAD, END = "<|pad|>", "<|end|>"
@@ -54,46 +57,49 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
     )
 
 
-def open_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a local folder, exactly as it was saved.
+def open_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a local folder, exactly as it was saved; RequestError where there is none.
 
     Beside a config.json of some architectures (Qwen2), AutoTokenizer replaces a generic tokenizer by the architecture's
     own class, which adds a token that the model has no embedding for.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    config = folder / "tokenizer_config.json"
-    named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.exists() else None
-    generic = named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").exists()
-    return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(folder)
+    with translated(folder, remedy="It must hold a transformers tokenizer: tokenizer.json, or an older form's files."):
+        config = folder / "tokenizer_config.json"
+        named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.exists() else None
+        if named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").exists():
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def open_prepared_tokenizer(folder: Path) -> Any:
+def open_prepared_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer that `prepare` wrote to `folder`; RequestError where it did not."""
     if not folder.is_dir():
         raise RequestError(f"{folder} does not exist; it is written by `refcache prepare` (run `dvc repro prepare`).")
-    return open_tokenizer(folder)
+    return open_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(model: ModelParams) -> Any:
-    """The tokenizer of `model.name`. Raises RequestError where that is neither a usable local folder nor reachable."""
+    """The tokenizer that goes with the reference: of `model.adapter` where that brings one, else of `model.name`.
+
+    An adapter was trained with the tokens and the chat template in its own folder. Raises RequestError where there is
+    neither a usable local folder nor a hub in reach.
+    """
     from transformers import AutoTokenizer
 
     assert model.name is not None  # the caller trains one otherwise
-    try:
-        if Path(model.name).is_dir() and not model.trust_remote_code:
-            return open_tokenizer(Path(model.name))
+    refuse_adapter(model.name)
+    source, revision = model.name, model.revision
+    if model.adapter is not None and adapter_tokenizer(model.adapter):
+        print(f"tokenizer and chat template: those of model.adapter, {model.adapter}", file=sys.stderr)
+        source, revision = model.adapter, None
+    if Path(source).is_dir():
+        return open_tokenizer(Path(source), trust_remote_code=model.trust_remote_code)
+    with translated(source, what=f"the tokenizer of {source!r}"):
         return AutoTokenizer.from_pretrained(
-            model.name, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
+            source, revision=revision or "main", trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
-        remedy = (
-            "The folder must hold a transformers tokenizer (tokenizer.json, or the files of an older form)."
-            if Path(model.name).is_dir()
-            else "Give a local folder, or the id of a model on the Hugging Face hub; the hub needs a network (or a "
-            "copy in its cache), and gated models a login. model.scratch needs neither."
-        )
-        raise RequestError(f"model.name: no tokenizer could be loaded from {model.name!r}. {remedy}\n{error}") from None
 
 
 def read_template(choice: str) -> str | None:

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
+from typing import Any
 
 from torch import nn
 
 from pipeline.errors import RequestError
+from pipeline.model.lora_targets import count_adapted, lora_modules, require_adapted
 from pipeline.model.parts import canonical_name, causal_model, transformer_blocks
 from pipeline.params import LastFraction, Lora, Trainable
 
@@ -31,6 +33,19 @@ def select_trainable(model: nn.Module, trainable: Trainable) -> nn.Module:
     return model
 
 
+def count_trained(model: nn.Module) -> dict[str, Any]:
+    """parameters and trained_parameters, numbers; for a LoRA adapted: how many layers of which name have its factors.
+
+    parameters: of the model itself, without adapters. Also under ZeRO-3, where each rank holds a part.
+    """
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    adapted = count_adapted(model)
+    own = sum(size for name, size in sizes.items() if not (adapted and name in trained))
+    counts = {"parameters": own, "trained_parameters": sum(sizes[name] for name in trained)}
+    return counts | ({"adapted": adapted} if adapted else {})
+
+
 def adapter_digest(model: nn.Module) -> str | None:
     """Hex digest over (name, shape, float32 bytes) of the LoRA tensors that train; None without any.
 
@@ -50,17 +65,18 @@ def _with_lora(model: nn.Module, trainable: Lora) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     shape = trainable.lora
+    wanted = lora_modules(model, shape)
     config = LoraConfig(
         r=shape.r,
         lora_alpha=shape.alpha,
-        target_modules=shape.targets,
-        layers_to_transform=[len(transformer_blocks(model)) - 1] if shape.blocks == "last" else None,
+        target_modules=wanted,  # by full names, since peft's own rules widen some choices (blocks, experts)
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
         torch.manual_seed(shape.seed)  # the random A belongs to the identity of gradients taken later
         try:
             adapted: nn.Module = get_peft_model(model, config)
-            return adapted
         except ValueError as error:
             raise RequestError(f"trainable.lora.targets {shape.targets}: {error}") from None
+    require_adapted(adapted, wanted)
+    return adapted

@@ -56,7 +56,10 @@ class LastFraction(Section):
 class LoraShape(Section):
     r: Positive = 8
     alpha: Positive = 16
-    targets: list[str] = Field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
+    # Names of layers, each of which must be there; or a group of the architecture's own (model/lora_targets.py).
+    targets: Literal["attention", "mlp", "all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
     blocks: Literal["all", "last"] = "all"
     seed: NonNegative = 0
 

@@ -1,5 +1,6 @@
 """Supervised fine-tuning of the reference: what the `sft` stage does; a rank's side begins in training/rank.py."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,13 @@ def fine_tune(
 
 def _take_as_is(*, tokenizer: Path, out: Path, history: Path, metrics: Path, model: ModelParams) -> dict[str, Any]:
     from pipeline.model.folders import initial_model, save_model
+    from pipeline.model.proof import answers, require_written
     from pipeline.model.tokenizer import open_prepared_tokenizer
 
-    loaded = initial_model(model, open_prepared_tokenizer(tokenizer))
-    save_model(loaded, loaded.state_dict(), tokenizer, out)
+    loaded = initial_model(model, open_prepared_tokenizer(tokenizer, trust_remote_code=model.trust_remote_code))
+    expected = answers(loaded.eval())
+    prove = partial(require_written, expected=expected, trust_remote_code=model.trust_remote_code)
+    save_model(loaded, loaded.state_dict(), tokenizer, out, prove=prove)
     write_text(history, "step\tepoch\tloss\tgrad_norm\tlr\ttokens_per_second\n")
     summary = {"steps": 0, "tokens": 0, "seconds": 0.0}
     write_json(metrics, summary)

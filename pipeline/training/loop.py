@@ -133,13 +133,12 @@ def run_loop(
             measured = held_out.measure(engine)
             if record:
                 record.evaluated({"step": step + 1} | measured)
-        if (step + 1) % loop.checkpoint_every == 0 and step + 1 < steps:
+        if (step + 1) % loop.checkpoint_every == 0 or step + 1 == steps:  # the last: saving may fail, and be repeated
             _require_finite_weights(engine, step + 1, checkpoints)
             beside = [*record.files(), *([companion.save(work)] if companion else [])] if record else ()
             engine.save_checkpoint(checkpoints, step + 1, beside=beside)
             if record:
                 prune(checkpoints, loop.keep_checkpoints)
-    _require_finite_weights(engine, steps, checkpoints)
     if record:
         record.close()
     return start

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import write_json
-from pipeline.model.folders import save_model
+from pipeline.model.trainable import count_trained
 from pipeline.params import LoopParams
 from pipeline.training import preference_task, sft_task
 from pipeline.training.batches import steps_for, tokens_in
@@ -14,6 +14,7 @@ from pipeline.training.deepspeed_engine import init_distributed, leave_distribut
 from pipeline.training.job import SUMMARY, Job
 from pipeline.training.loop import ordered_groups, run_loop
 from pipeline.training.record import HISTORY, median
+from pipeline.training.saving import save_trained, try_saving
 from pipeline.training.trackers import open_trackers
 
 
@@ -23,6 +24,7 @@ def run_rank(job: Job, work: Path) -> dict[str, Any] | None:
     loop = LoopParams.model_validate(job.loop)
     began = time.perf_counter()
     run = {"sft": sft_task, "preferences": preference_task}[job.kind].start(job, loop)
+    try_saving(run.model, run.engine, job, work)
     resumed_from = run_loop(
         run,
         loop,
@@ -32,12 +34,10 @@ def run_rank(job: Job, work: Path) -> dict[str, Any] | None:
             job.log_to, title=job.title, run_id=work.name, config=job.loop | job.settings, start=start
         ),
     )
-    is_adapter = hasattr(run.model, "peft_config")
-    state = run.engine.gathered_state(run.model, trained_only=is_adapter)
     beside = {"offsets": run.companion.summary()} if run.companion else {}
+    save_trained(run.model, run.engine, job, work / "model")
     summary = None
     if run.engine.rank == 0:
-        save_model(run.model, state, Path(job.paths["tokenizer"]), work / "model")
         if run.companion:
             run.companion.export(work / "model")
         steps = steps_for(loop.epochs, len(run.task.lengths), loop.batch_size)
@@ -55,6 +55,7 @@ def run_rank(job: Job, work: Path) -> dict[str, Any] | None:
             "resumed_from_step": resumed_from,
             "layout": run.task.layout,
             **run.task.kernels,
+            **count_trained(run.model),
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,  # of rank 0, in host memory
             **beside,
         }

@@ -51,8 +51,8 @@ class SftTask:
 
 def start(job: Job, loop: LoopParams) -> TrainingRun:
     """One rank's share; prepare keeps no sft rows back, so nothing is held out."""
-    tokenizer = open_prepared_tokenizer(Path(job.paths["tokenizer"]))
     params = ModelParams.model_validate(job.settings["model"])
+    tokenizer = open_prepared_tokenizer(Path(job.paths["tokenizer"]), trust_remote_code=params.trust_remote_code)
     # An adapter is merged into whole weights, and random ones are drawn in the same order whatever the ranks.
     whole = params.adapter is not None or params.scratch is not None
     with nullcontext() if whole else divided_from_the_start(loop, micro_steps=micro_steps_for(loop)):

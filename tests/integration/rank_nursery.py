@@ -42,8 +42,8 @@ MOMENTS: dict[str, tuple[Any, str, bool]] = {
     "save": (Engine, "save_checkpoint", False),
     "seal": (deepspeed_engine, "seal", False),
     "sealed": (deepspeed_engine, "seal", True),
-    "model": (rank_module, "save_model", False),
-    "saved model": (rank_module, "save_model", True),
+    "model": (rank_module, "save_trained", False),
+    "saved model": (rank_module, "save_trained", True),
 }
 
 

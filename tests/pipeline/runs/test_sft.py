@@ -40,7 +40,7 @@ def test_a_model_trained_here_can_start_another_project(tmp_path):
 
 
 def test_a_folder_that_is_no_model_is_a_wrong_request_that_names_it(tmp_path):
-    with pytest.raises(RequestError, match=r"model\.name '.*/nothing' can't be loaded"):
+    with pytest.raises(RequestError, match=r"/nothing can't be opened .*model\.name"):
         run(tmp_path, {"name": str(tmp_path / "nothing")})
 
 
