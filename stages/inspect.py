@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from stages.options import trust_option
 from stages.tables import Table, echo_tables, show, show_bytes
 
 DEFAULT_TOKENIZER = Path("data/prepared/tokenizer")
@@ -22,8 +23,9 @@ DISTRIBUTIONS = ("n_tokens", "sum_logp", "token_logp", "grad_norm")
 @click.option(
     "--extremes", type=click.IntRange(min=0), default=5, show_default=True, help="Rows to show at each end, 0 for none."
 )
+@trust_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(path: Path, tokenizer: Path | None, extremes: int, as_json: bool) -> None:
+def command(path: Path, tokenizer: Path | None, extremes: int, trust_remote_code: bool, as_json: bool) -> None:
     """Show what the reference cache in folder PATH holds: identity, size, distributions, extreme rows, drift.
 
     Log-probs are in nats. Of sketches: groups of parameters, and the norms of the gradients.
@@ -38,7 +40,7 @@ def command(path: Path, tokenizer: Path | None, extremes: int, as_json: bool) ->
 
     if tokenizer is None and DEFAULT_TOKENIZER.is_dir():
         tokenizer = DEFAULT_TOKENIZER
-    found = inspect_reference(path, tokenizer=tokenizer, extremes=extremes)
+    found = inspect_reference(path, tokenizer=tokenizer, extremes=extremes, trust_remote_code=trust_remote_code)
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return

@@ -18,6 +18,12 @@ def default_path_option(name: str, default: str, text: str) -> Callable[[Callabl
     return click.option(name, type=click.Path(path_type=Path), default=Path(default), show_default=True, help=text)
 
 
+def trust_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What model.trust_remote_code says, for commands that read no parameters."""
+    text = "Run the Python code that comes with the model or tokenizer, as model.trust_remote_code."
+    return click.option("--trust-remote-code", is_flag=True, help=text)(function)
+
+
 def params_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --params and --set, and call `function` with the validated file as `params`."""
 

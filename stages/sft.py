@@ -26,9 +26,10 @@ def command(params: "Params", sft: Path, tokenizer: Path, out: Path, history: Pa
       refcache sft --sft data/prepared/sft.parquet --tokenizer data/prepared/tokenizer \\
         --out models/reference --history results/sft/history.tsv --metrics results/sft/metrics.json
     """
+    from pipeline.report.numbers import show_trained
     from pipeline.runs.sft import fine_tune
 
-    fine_tune(
+    summary = fine_tune(
         sft=sft,
         tokenizer=tokenizer,
         out=out,
@@ -37,3 +38,5 @@ def command(params: "Params", sft: Path, tokenizer: Path, out: Path, history: Pa
         params=params.sft,
         model=params.model,
     )
+    if summary.get("steps"):  # none where the model is taken as it is, or another process is rank 0
+        click.echo(f"sft: trained {show_trained(summary)}")

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from stages.options import default_path_option
+from stages.options import default_path_option, trust_option
 from stages.tables import Table, echo_tables, show
 
 
@@ -36,6 +36,7 @@ from stages.tables import Table, echo_tables, show
 @click.option(
     "--exact", is_flag=True, help="With --offsets: the true penalty too, by one epoch of reference gradients."
 )
+@trust_option
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file to write as well.")
 def command(
     path: Path,
@@ -48,6 +49,7 @@ def command(
     pairs: Path,
     model: Path,
     exact: bool,
+    trust_remote_code: bool,
     out: Path | None,
 ) -> None:
     """Report on the sketches in folder PATH: spectrum, effective dimension, errors, and how large they should be.
@@ -74,7 +76,14 @@ def command(
         from pipeline.upkeep.offset_report import report_offsets  # torch, which the rest does without
 
         trained = trained or Path("results") / offsets.parent.name / "train.json"
-        measured = report_offsets(path, offsets, trained=trained, pairs=pairs, model=model if exact else None)
+        measured = report_offsets(
+            path,
+            offsets,
+            trained=trained,
+            pairs=pairs,
+            model=model if exact else None,
+            trust_remote_code=trust_remote_code,
+        )
         found["warnings"] += measured.pop("warnings")
         found["offsets"] = measured
     if out is not None:

@@ -70,9 +70,10 @@ def command(
         )
         click.echo("\n".join(_lines(plan, STAGE_BYTES)))
         return
+    from pipeline.report.numbers import show_trained
     from pipeline.runs.policy import train_policy
 
-    train_policy(
+    summary = train_policy(
         variant=variant,
         seed=seed,
         pairs=pairs,
@@ -86,6 +87,8 @@ def command(
         trainable=params.trainable,
         trust_remote_code=params.model.trust_remote_code,
     )
+    if summary:  # empty where another process is rank 0
+        click.echo(f"train: {variant}-{seed}: trained {show_trained(summary)}")
 
 
 def _lines(plan: "MemoryPlan", stage_bytes: int) -> list[str]:

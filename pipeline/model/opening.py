@@ -44,6 +44,17 @@ def open_model(
     Raises RequestError for what can't be loaded, for an adapter's folder, for quantised weights, and where any tensor
     is missing, unexpected, of another shape, or tied by the config to one with other values.
     """
+    model = _opened(source, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype)
+    _require_ties(Path(source), model)
+    return model
+
+
+def require_whole(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """RequestError as `open_model`, by the files' headers alone; under ZeRO-3 transformers does not look."""
+    _opened(source, revision=revision, trust_remote_code=trust_remote_code, device_map="meta")
+
+
+def _opened(source: str | Path, *, revision: str | None, trust_remote_code: bool, **options: Any) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     config = open_config(source, revision=revision, trust_remote_code=trust_remote_code)
@@ -55,14 +66,13 @@ def open_model(
             config=config,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # judged below, by name
+            **options,
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise RequestError(_adapter_message(source, None))
-    _require_whole(Path(source), found)
-    _require_ties(Path(source), model)
+    _judge(Path(source), found)
     return model
 
 
@@ -155,7 +165,7 @@ def _refuse_pointers(folder: Path) -> None:
                 )
 
 
-def _require_whole(source: Path, found: Mapping[str, Any]) -> None:
+def _judge(source: Path, found: Mapping[str, Any]) -> None:
     """RequestError unless every tensor of the model came from the checkpoint, and the checkpoint holds no other."""
     unexpected = sorted(found["unexpected_keys"])
     kinds = {

@@ -57,7 +57,8 @@ PHASE_1_FIGURES = (
     "identity",
 )
 # Labels, and what has a place of its own in the summary.
-NOT_AVERAGED = ("variant", "seed", "hyperparameters", "categories", "reference")
+TRAINED = ("trained_parameters", "parameters", "adapted")
+NOT_AVERAGED = ("variant", "seed", "hyperparameters", "adapted", "categories", "reference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +194,7 @@ def _statistics(cells: Sequence[Cell]) -> Figures:
     return {
         "objective": first.get("objective"),
         "hyperparameters": first.get("hyperparameters") or {},
+        "trained": {name: first[name] for name in TRAINED if name in first},
         "seeds": [cell.seed for cell in cells],
         "training": _over_seeds([cell.train for cell in cells]),
         "evaluation": _over_seeds([cell.evaluate for cell in cells]),

@@ -11,6 +11,7 @@ from pipeline.forward.kernels import choose_kernels
 from pipeline.forward.layout import choose_layout
 from pipeline.forward.logps import ResponseLogps, collate, pack
 from pipeline.model.folders import initial_model
+from pipeline.model.opening import require_whole
 from pipeline.model.parts import causal_model
 from pipeline.model.tokenizer import open_prepared_tokenizer
 from pipeline.params import LoopParams, ModelParams
@@ -55,6 +56,8 @@ def start(job: Job, loop: LoopParams) -> TrainingRun:
     tokenizer = open_prepared_tokenizer(Path(job.paths["tokenizer"]), trust_remote_code=params.trust_remote_code)
     # An adapter is merged into whole weights, and random ones are drawn in the same order whatever the ranks.
     whole = params.adapter is not None or params.scratch is not None
+    if loop.zero_stage == 3 and params.name is not None:
+        require_whole(params.name, revision=params.revision, trust_remote_code=params.trust_remote_code)
     with nullcontext() if whole else divided_from_the_start(loop, micro_steps=micro_steps_for(loop)):
         model = initial_model(params, tokenizer)
     if loop.activation_checkpointing:

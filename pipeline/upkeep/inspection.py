@@ -18,7 +18,9 @@ BINS_PER_NAT = 1000  # token log-probs are counted in bins, so that memory does 
 Decode = Callable[[list[int]], str]
 
 
-def inspect_reference(path: Path, *, tokenizer: Path | None, extremes: int) -> dict[str, Any]:
+def inspect_reference(
+    path: Path, *, tokenizer: Path | None, extremes: int, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Identity, size, distributions (nats) and extreme rows of the reference cache in folder `path`, ready for JSON.
 
     tokenizer: folder to decode the extreme rows with, or None for no text; extremes: rows at each end of each order.
@@ -28,7 +30,7 @@ def inspect_reference(path: Path, *, tokenizer: Path | None, extremes: int) -> d
     if read_manifest(path).kind == SKETCHES:
         return _inspect_sketches(path, extremes)
     reference = open_reference(path, expect=None)
-    decode = None if tokenizer is None else load_decoder(tokenizer)
+    decode = None if tokenizer is None else load_decoder(tokenizer, trust_remote_code=trust_remote_code)
     return {
         **_facts(reference),
         "tokens": reference.n_tokens,
@@ -124,7 +126,7 @@ def _with_text(reference: Reference, frame: pl.DataFrame, decode: Decode | None)
     return [row | {"text": text} for row, text in zip(rows, texts, strict=True)]
 
 
-def load_decoder(folder: Path) -> Decode:
+def load_decoder(folder: Path, *, trust_remote_code: bool = False) -> Decode:
     """Token ids to text, special tokens included, with the tokenizer in `folder`; RequestError when there is none."""
     fast = folder / "tokenizer.json"
     if fast.is_file():
@@ -134,12 +136,9 @@ def load_decoder(folder: Path) -> Decode:
         return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
     if not (folder / "tokenizer_config.json").is_file():
         raise RequestError(f"{folder} holds no tokenizer: neither tokenizer.json nor tokenizer_config.json.")
-    from transformers import AutoTokenizer
+    from pipeline.model.tokenizer import open_tokenizer
 
-    try:
-        slow = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{folder} holds no tokenizer that transformers can load: {error}") from error
+    slow = open_tokenizer(folder, trust_remote_code=trust_remote_code)
     return lambda ids: str(slow.decode(ids, skip_special_tokens=False))
 
 

@@ -38,7 +38,13 @@ class _OneRank:
 
 
 def report_offsets(
-    sketches: Path, offsets: Path, *, trained: Path, pairs: Path, model: Path | None = None
+    sketches: Path,
+    offsets: Path,
+    *,
+    trained: Path,
+    pairs: Path,
+    model: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """The penalty ||sum_j w_j delta_j g_j||^2 of trained offsets, weighted and centred as their training did.
 
@@ -61,7 +67,9 @@ def report_offsets(
     }
     if model is not None:
         trainable = TypeAdapter(Trainable).validate_python(record["trainable"])
-        content["penalty_exact"] = _true_penalty(found, sketches, model, trainable, pairs)
+        content["penalty_exact"] = _true_penalty(
+            found, sketches, model, trainable, pairs, trust_remote_code=trust_remote_code
+        )
     return content | {"warnings": list(_warnings(content, trained))}
 
 
@@ -100,11 +108,14 @@ def _load(sketches: Path, offsets: Path, pairs: Path, params: AuxDPO) -> Offsets
     return found
 
 
-def _true_penalty(found: Offsets, sketches: Path, folder: Path, trainable: Trainable, pairs: Path) -> float:
+def _true_penalty(
+    found: Offsets, sketches: Path, folder: Path, trainable: Trainable, pairs: Path, *, trust_remote_code: bool
+) -> float:
     with activity(f"loading {folder}"):
         digests = {"weights": weights_digest(folder), "config": config_digest(folder)}
         open_fitting(sketches, **digests, trainable=trainable)
-        model = disable_dropout(select_trainable(open_model(folder, dtype=torch.float32), trainable)).eval()
+        start = open_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = disable_dropout(select_trainable(start, trainable)).eval()
         require_adapter(sketches, model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sequences, coefficients = _longest_first(_sequences(pairs, found.keys), found.coefficients())
