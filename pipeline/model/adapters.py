@@ -3,6 +3,7 @@
 peft leaves out what it can't place, under a warning, and starts what it doesn't find at random.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,8 @@ def open_adapter(model: "PreTrainedModel", adapter: str | Path, *, failed: str) 
     from peft import PeftConfig, PeftModel
     from peft.utils import load_peft_weights
 
-    with _translated(failed):
+    with _translated(failed), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about what is judged here
         config = PeftConfig.from_pretrained(str(adapter))
         _refuse_kind(config, failed)
         stored = load_peft_weights(str(adapter), device="cpu")
@@ -44,7 +46,8 @@ def open_adapter(model: "PreTrainedModel", adapter: str | Path, *, failed: str) 
 def merged(adapted: "PeftModel", *, failed: str) -> "PreTrainedModel":
     """The plain weights with the adapter added. Raises RequestError as `open_adapter`, also for numbers not finite."""
     _untie(adapted)
-    with _translated(failed):
+    with _translated(failed), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of ties, which are undone here
         model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     _say_whether_tied(model)
     return model

@@ -13,6 +13,7 @@ from pipeline.errors import RequestError
 
 # Written by transformers, but changing none of the model's numbers.
 _VOLATILE_CONFIG_KEYS = {"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 class StoredTensor(NamedTuple):
@@ -100,8 +101,19 @@ def _weight_files(folder: Path) -> list[Path]:
     raise RequestError(f"{folder} has no *.safetensors. It is written by `refcache sft` (run `dvc repro sft`).")
 
 
+def refuse_pointer(file: Path) -> None:
+    """RequestError for what a clone without Git LFS leaves in a file's place."""
+    with file.open("rb") as stream:
+        if stream.read(len(_LFS)) == _LFS:
+            raise RequestError(
+                f"{file} is a Git LFS pointer, not the file itself. Run `git lfs install && git lfs pull` where it was "
+                "cloned, or download the model again."
+            )
+
+
 def tensors_of(file: Path) -> list[StoredTensor]:
     """The header of a safetensors file: uint64 length, then JSON with dtype, shape and offsets behind the header."""
+    refuse_pointer(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         try:

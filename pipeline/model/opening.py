@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RequestError
-from pipeline.model.digests import tensor_files
+from pipeline.model.digests import refuse_pointer, tensor_files
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 SHOWN_TENSORS = 4  # in an error
-_LFS = b"version https://git-lfs.github.com/spec/"
 _REMEDY = (
     "Expected is a transformers folder with config.json and *.safetensors, or (model.name) the id of a model on the "
     "Hugging Face hub, which needs a network or a copy in its cache, and for gated models a login."
@@ -144,25 +143,15 @@ def _refuse_quantised(source: str | Path, config: "PreTrainedConfig") -> None:
 
 def _refuse_damaged_files(folder: Path) -> None:
     """RequestError for a local folder whose safetensors files are cut, absent or no such files; reads headers only."""
-    if not folder.is_dir():
-        return
     _refuse_pointers(folder)
     if any(folder.glob("*.safetensors")):
         tensor_files(folder)
 
 
 def _refuse_pointers(folder: Path) -> None:
-    if not folder.is_dir():
-        return
-    for file in sorted(folder.iterdir()):
-        if not file.is_file():
-            continue
-        with file.open("rb") as stream:
-            if stream.read(len(_LFS)) == _LFS:
-                raise RequestError(
-                    f"{file} is a Git LFS pointer, not the file itself. Run `git lfs install && git lfs pull` where it "
-                    "was cloned, or download the model again."
-                )
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.is_file():
+            refuse_pointer(file)
 
 
 def _judge(source: Path, found: Mapping[str, Any]) -> None:

@@ -69,7 +69,7 @@ def test_misspelt_scratch_models_are_named(tmp_path, scratch):
         )
 
 
-def write_adapter(folder, base, seed):
+def write_adapter(folder, base, seed, **config):
     """A LoRA with random A and B on every attention projection of `base`."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -77,8 +77,9 @@ def write_adapter(folder, base, seed):
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+        shape = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = get_peft_model(model, LoraConfig(**shape | config))
     model.save_pretrained(folder)
     return model.eval()
 
