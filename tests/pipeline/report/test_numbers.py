@@ -54,6 +54,21 @@ def test_deviation_decides_the_digits_of_the_mean(mean, deviation, kind, text):
     assert figures.show_statistic({"mean": mean, "standard_deviation": deviation}, kind) == text
 
 
+@pytest.mark.parametrize(
+    ("figures_of_training", "text"),
+    [
+        ({"trained_parameters": 105_472, "parameters": 105_472}, "105,472 of 105,472 parameters (100 %)"),
+        (
+            {"trained_parameters": 1024, "parameters": 105_472, "adapted": {"q_proj": 2, "v_proj": 2}},
+            "1,024 of 105,472 parameters (0.971 %): q_proj ×2, v_proj ×2",
+        ),
+        ({}, "–"),
+    ],
+)
+def test_what_trained_is_a_share_of_the_model_by_layers(figures_of_training, text):
+    assert figures.show_trained(figures_of_training) == text
+
+
 def test_script_text_cannot_end_its_element():
     escaped = escape_script('x = "</script><!--<SCRIPT>"; y = a < b')
     assert escaped == r'x = "\x3C/script>\x3C!--\x3CSCRIPT>"; y = a < b'
