@@ -49,7 +49,6 @@ def merged(adapted: "PeftModel", *, failed: str) -> "PreTrainedModel":
     with _translated(failed), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of ties, which are undone here
         model: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    _say_whether_tied(model)
     return model
 
 
@@ -167,11 +166,3 @@ def _untie(adapted: "PeftModel") -> None:
     layers = [getattr(module, "base_layer", module) for module in (embeddings, head)]
     if layers[0].weight is layers[1].weight and layers != [embeddings, head]:
         layers[1].weight = torch.nn.Parameter(layers[1].weight.detach().clone())
-
-
-def _say_whether_tied(model: "PreTrainedModel") -> None:
-    """config.json, by which engines tie, follows the tensors."""
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    for config in (model.config, model.config.get_text_config()):
-        if config.tie_word_embeddings and not tied:
-            config.tie_word_embeddings = False

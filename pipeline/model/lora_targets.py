@@ -14,6 +14,7 @@ _ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
 _ROUTERS = {"gate", "router", "shared_expert_gate", "wg"}
 # What experts' layers are called where they are layers.
 _EXPERT_LAYERS = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "w1", "w2", "w3"}
+_MLP_PATHS = {"mlp", "feed_forward", "block_sparse_moe"}
 _SHOWN = 12
 
 
@@ -72,15 +73,16 @@ def _block_prefixes(model: nn.Module, shape: LoraShape) -> tuple[str, ...] | Non
 
 def _of_group(model: nn.Module, layers: dict[str, nn.Module], group: str) -> list[str]:
     modules = dict(model.named_modules())
-    kinds = {name: _kind(name, modules) for name, layer in layers.items() if not isinstance(layer, nn.Embedding)}
     wanted = {"attention": {"attention"}, "mlp": {"mlp"}, "all-linear": {"attention", "mlp", "other"}}[group]
-    fused = _fused(model)
-    if group != "attention" and fused:
+    fused = [name for name in _fused(model) if _kind(name, modules) in wanted]
+    if fused:
         raise RequestError(
             f"trainable.lora.targets: {group}: the experts of {type(model).__name__} are fused parameters "
-            f"({', '.join(fused[:2])}), not layers, and can't be adapted. Set targets: attention, or trainable: all."
+            f"({', '.join(fused[:2])}), not layers, and can't be adapted. Name layers, set targets: attention, or set "
+            "trainable: all."
         )
-    found = [name for name, kind in kinds.items() if kind in wanted]
+    linear = [name for name, layer in layers.items() if not isinstance(layer, nn.Embedding)]
+    found = [name for name in linear if _kind(name, modules) in wanted]
     if not found:
         raise RequestError(
             f"trainable.lora.targets: {group}: {type(model).__name__} has no such layer. {_own_names(layers)}"
@@ -103,13 +105,18 @@ def _kind(name: str, modules: dict[str, nn.Module]) -> str:
             return "attention"
         if any(word in parent for word in ("mlp", "feedforward", "ffn")):
             return "mlp"
-    return "mlp" if around and around[0] != "modulelist" and parts[-1].startswith("fc") else "other"
+    bare = parts[-1].startswith("fc")
+    return "mlp" if bare or any(part in _MLP_PATHS or "expert" in part for part in parts) else "other"
 
 
 def _fused(model: nn.Module) -> list[str]:
     """Names of parameters that hold one matrix for each expert of a block."""
-    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}  # ds: divided by ZeRO-3
-    return [name for name, shape in shapes.items() if len(shape) == 3 and "expert" in name]
+    found = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Conv1d):
+            own = {name: getattr(p, "ds_shape", p.shape) for name, p in module.named_parameters(recurse=False)}
+            found += [f"{path}.{name}" for name, shape in own.items() if len(shape) == 3]  # ds: divided by ZeRO-3
+    return found
 
 
 def _no_match(model: nn.Module, layers: dict[str, nn.Module], target: str, shape: LoraShape) -> str:

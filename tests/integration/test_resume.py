@@ -105,6 +105,12 @@ def test_as_many_checkpoints_are_kept_as_asked_for(nursery, phase_one, tmp_path)
     ]
 
 
+def test_a_finished_training_whose_saving_was_cut_short_only_saves(nursery, phase_one, tmp_path):
+    case = Case(nursery, phase_one, tmp_path, checkpoint_every=4)
+    assert case.killed(0, "saved model", 1) == [8, 9]
+    assert case.finished().summary["resumed_from_step"] == 9
+
+
 def test_without_zero_the_number_of_ranks_may_change(nursery, phase_one, one_rank, tmp_path):
     """Sums are added in another order from there on, so equal to rounding."""
     two = Case(nursery, phase_one, tmp_path, ranks=2, **EVALUATED)

@@ -1,6 +1,7 @@
 """What a LoRA lies on is what was asked for, for every architecture, or nothing is trained."""
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.errors import RequestError
@@ -79,6 +80,17 @@ def test_attention_of_a_mixture_of_experts_leaves_experts_and_routers_alone(arch
 def test_fused_experts_are_refused_by_name(architecture, targets):
     """Also where a shared expert has layers of these names: they are not what was meant."""
     assert "experts.gate_up_proj" in refusal(architecture, targets=targets, blocks="last")
+
+
+def test_experts_within_attention_are_refused_there_too():
+    assert "self_attention.experts" in refusal("jetmoe", targets="attention")
+
+
+def test_a_layer_that_chooses_experts_is_in_no_group():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE))
+    model.model.layers[0].mlp.gate = torch.nn.Linear(32, 4)  # as in mixtures whose experts are layers
+    adapted = count_adapted(select_trainable(model, Lora(lora=LoraShape(targets="all-linear"))))
+    assert adapted.keys() == set(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 
 
 def test_a_shared_expert_can_be_named():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.errors import RequestError
+from pipeline.errors import RequestError, RunFailed
 from pipeline.model.merged_adapter import loadable
 from pipeline.model.trainable import select_trainable
 from pipeline.params import Lora, LoraShape
@@ -43,6 +43,23 @@ def test_the_merged_folder_answers_as_the_policy_that_trained(policy, tmp_path, 
     with loadable(tmp_path / "policy", tmp_path / "reference") as folder:
         found = answers(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+def test_a_merge_that_is_written_otherwise_than_it_was_is_noticed(policy, tmp_path, monkeypatch):
+    policy(["q_proj"])
+    save = PreTrainedModel.save_pretrained
+
+    def spoiled(self, folder, **options):
+        with torch.no_grad():
+            self.get_output_embeddings().weight.mul_(1.01)
+        save(self, folder, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", spoiled)
+    with (
+        pytest.raises(RunFailed, match="another model than the one meant"),
+        loadable(tmp_path / "policy", tmp_path / "reference"),
+    ):
+        pass
 
 
 def test_a_policy_of_another_model_is_refused(policy, tmp_path):
