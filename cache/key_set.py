@@ -1,6 +1,7 @@
 """Many keys at once: 16 bytes each in one numpy array, where a Python set of bytes takes well over a hundred.
 
-numpy compares its strings byte by byte, as keys are ordered, and pads with zeros, which 16-byte keys never need.
+numpy compares its strings byte by byte, as keys are ordered, but drops zeros at the end of one that is taken out
+singly: of one key in 256. So its arrays stay inside, and what is handed out has other types (`key_bytes`, `whole_keys`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,17 +18,21 @@ KeyArray = npt.NDArray[np.bytes_]  # (n,) of dtype S16
 Keys: TypeAlias = "Iterable[bytes] | pl.Series | pa.Array | pa.ChunkedArray | KeyArray"
 
 KEY = np.dtype(f"S{KEY_BYTES}")
+WHOLE_KEY = np.dtype(f"V{KEY_BYTES}")
 ITERATED = 1 << 16  # keys turned into Python objects at once
 
 
 def key_array(keys: Keys) -> KeyArray:
-    """`keys` in their order, (n,) of dtype S16. Raises ValueError for a null, or a key that has not 16 bytes."""
+    """`keys` in their order, (n,) of dtype S16. Raises ValueError for a null, or a key that has not 16 bytes.
+
+    Single items of such an array may be among them: numpy hands them out without the zeros at their end.
+    """
     if isinstance(keys, np.ndarray):
-        array: KeyArray = keys.astype(KEY, copy=False)
+        array: KeyArray = keys.view(KEY) if keys.dtype == WHOLE_KEY else keys.astype(KEY, copy=False)
         return array
     column: Any = keys.to_arrow() if isinstance(keys, pl.Series) else keys
     if not isinstance(column, pa.Array | pa.ChunkedArray):
-        column = pa.array(column, pa.binary(KEY_BYTES))
+        column = pa.array(map(_whole, column), pa.binary(KEY_BYTES))
     if column.null_count:
         raise ValueError(f"{column.null_count} of {len(column)} keys are null")
     column = column.cast(pa.binary(KEY_BYTES))
@@ -39,8 +44,20 @@ def key_array(keys: Keys) -> KeyArray:
 def key_bytes(keys: KeyArray) -> list[bytes]:
     """The inverse of `key_array`."""
     # As strings, numpy would drop trailing zeros.
-    found: list[bytes] = np.ascontiguousarray(keys).view(f"V{KEY_BYTES}").tolist()
+    found: list[bytes] = whole_keys(keys).tolist()
     return found
+
+
+def whole_keys(keys: KeyArray) -> npt.NDArray[np.void]:
+    """The same keys as dtype V16, whose single items have all 16 bytes: bytes(key)."""
+    found: npt.NDArray[np.void] = np.ascontiguousarray(keys).view(WHOLE_KEY)
+    return found
+
+
+def _whole(key: Any) -> Any:
+    if isinstance(key, np.bytes_):
+        return key.tobytes().ljust(KEY_BYTES, b"\0")
+    return key.tobytes() if isinstance(key, np.void) else key
 
 
 def partition_start(number: int, bits: int) -> bytes:

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from cache.durable import PARTIAL, sync_file, sync_folder
 from cache.errors import CacheIncomplete, system_errors
-from cache.key_set import KEY, KeyArray, Keys, KeySet, key_array, key_bytes
+from cache.key_set import KEY, KeyArray, Keys, KeySet, key_array, key_bytes, whole_keys
 from cache.manifest import manifest_bytes
 from cache.reference import Reference
 from cache.schema import KEY_COLUMN, LOGPS_SCHEMA
@@ -112,13 +112,16 @@ class ReferenceView:
             [part.token_logps[row] for part, row in places],
         )
 
-    def shuffled(self, batch_rows: int, *, seed: int) -> Iterator[tuple[KeyArray, ViewRows]]:
-        """One epoch: (keys, rows) of every row once, in an order that `seed` determines; 4 bytes of memory a row."""
+    def shuffled(self, batch_rows: int, *, seed: int) -> Iterator[tuple[npt.NDArray[np.void], ViewRows]]:
+        """One epoch: (keys, rows) of every row once, in an order that `seed` determines; 4 bytes of memory a row.
+
+        keys: (batch,) of dtype V16, whose items `rows` takes and `bytes` turns into keys.
+        """
         order = np.arange(len(self), dtype=np.uint32 if len(self) < 1 << 32 else np.uint64)
         np.random.default_rng(seed).shuffle(order)
         for start in range(0, len(order), batch_rows):
             positions = order[start : start + batch_rows]
-            yield self.keys.array[positions], self.rows_at(positions)
+            yield whole_keys(self.keys.array[positions]), self.rows_at(positions)
 
 
 class _Lists:

@@ -1,8 +1,9 @@
 """The sections `sft`, `train` and `trainable`: the loop that both trainings share, and what trains in it."""
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import RequestError
 from pipeline.params.objectives import AnyVariant
@@ -76,7 +77,23 @@ class TrainParams(LoopParams):
     evaluate_pairs: Positive = 64  # of the test split, the same ones every time and for every variant
     log_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)  # beside history.tsv
     drift_tolerance: Annotated[float, Field(gt=0)] = 0.25  # nats per sequence, 99th percentile of the measured sample
-    variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.]+$")], AnyVariant] = Field(min_length=1)
+    variants: dict[str, AnyVariant] = Field(min_length=1)
+
+    @field_validator("variants")
+    @classmethod
+    def names_are_one_key_and_one_folder(cls, variants: dict[str, AnyVariant]) -> dict[str, AnyVariant]:
+        """DVC reads a dot as nesting, a cell is called VARIANT-SEED, and some file systems know no capitals."""
+        for name in variants:
+            if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+                raise ValueError(
+                    f"{name!r} can't be a variant's name; letters, digits and underscores are allowed (dpo_b0_2). In "
+                    f"`dvc exp run -S train.variants.{name}...` and in DVC's stages it would name something else."
+                )
+        folded: dict[str, str] = {}
+        for name in variants:
+            if (other := folded.setdefault(name.casefold(), name)) != name:
+                raise ValueError(f"{other!r} and {name!r} differ in capitals only; their results would be one folder")
+        return variants
 
     @model_validator(mode="after")
     def epochs_train_something(self) -> Self:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache import KeySet, locate
-from cache.key_set import key_array, key_bytes
+from cache.key_set import key_array, key_bytes, whole_keys
 
 keys = st.lists(st.builds(lambda head, tail: head + bytes(14) + tail, *[st.sampled_from([b"\0", b"a", b"\xff"])] * 2))
 keys |= st.lists(st.binary(min_size=16, max_size=16))
@@ -20,6 +20,15 @@ def test_keys_survive_the_array_in_order_and_with_trailing_zeros(given_keys):
     for form in (given_keys, pl.Series(given_keys, dtype=pl.Binary), column, column.slice(1), key_array(given_keys)):
         expected = given_keys[1:] if form is not column and isinstance(form, pa.ChunkedArray) else given_keys
         assert key_bytes(key_array(form)) == expected
+    array = key_array(given_keys)
+    singly = (
+        [key for key in array],
+        [key for key in whole_keys(array)],
+        whole_keys(array),
+        np.array(given_keys, "V16"),
+    )
+    assert all(key_bytes(key_array(form)) == given_keys for form in singly)
+    assert [bytes(key) for key in whole_keys(array)] == given_keys
 
 
 @given(keys, keys)

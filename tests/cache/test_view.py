@@ -2,6 +2,7 @@
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from cache import CacheIncomplete, key_bytes, open_reference, open_view, publish_reference, remove_views, shards, view
@@ -39,6 +40,24 @@ def test_rows_come_in_the_order_asked_and_as_often(reference, views):
         require_equal(asked, open_view(reference, views).rows(given))
     found = open_view(reference, views).rows([])
     assert [len(column) for column in found] == [0] * 4
+
+
+def test_a_key_that_ends_in_zeros_is_handed_out_whole_and_taken_back(tmp_path, views):
+    table = make_rows(0, N_ROWS)
+    keys = [number.to_bytes(14, "big") + bytes(2) for number in range(N_ROWS)]
+    place = table.schema.get_field_index("response_key")
+    publish_reference(
+        tmp_path / "logps",
+        table.set_column(place, table.schema.field(place), pa.array(keys, pa.binary(16))),
+        identity(),
+    )
+    opened = open_view(open_reference(tmp_path / "logps", expect=None), views)
+    seen = []
+    for batch, rows in opened.shuffled(7, seed=0):
+        for key, n_tokens in zip(batch, rows.n_tokens, strict=True):
+            assert opened.rows([key]).n_tokens == opened.rows([bytes(key)]).n_tokens == [n_tokens]
+            seen.append(bytes(key))
+    assert sorted(seen) == keys
 
 
 def test_missing_keys_are_an_error_that_names_them(reference, views):

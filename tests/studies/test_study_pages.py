@@ -113,11 +113,11 @@ def sweep_cells(moves: dict[str, tuple[float, float]]) -> Cells:
 
 
 def test_sweep_metrics_of_a_policy_are_those_of_its_pairs():
-    cells = sweep_cells({"bdpo_0.1": (10.0, -30.0)})
-    assert cells.over_seeds("bdpo_0.1", "margin").value == pytest.approx(0.1 * 40, abs=0.05)
-    assert cells.over_seeds("bdpo_0.1", "accuracy") == (1.0, 0.0)
-    assert cells.over_prompts("bdpo_0.1", "dcr") == (0.0, 0.0)
-    assert difference(cells, "bdpo_0.1", "bdpo_0.1", "margin") == (0.0, 0.0)
+    cells = sweep_cells({"bdpo_0_1": (10.0, -30.0)})
+    assert cells.over_seeds("bdpo_0_1", "margin").value == pytest.approx(0.1 * 40, abs=0.05)
+    assert cells.over_seeds("bdpo_0_1", "accuracy") == (1.0, 0.0)
+    assert cells.over_prompts("bdpo_0_1", "dcr") == (0.0, 0.0)
+    assert difference(cells, "bdpo_0_1", "bdpo_0_1", "margin") == (0.0, 0.0)
 
 
 def test_sweep_expectations_are_judged_by_their_figures():
@@ -126,7 +126,7 @@ def test_sweep_expectations_are_judged_by_their_figures():
     # dcr rises with the mixture; BPO's chosen responses rise; its rejected ones fall 1/alpha as far.
     moves = {s.variant: (1 - 2 * s.value if s.series == "bdpo" else 2.0, -2 / s.value) for s in sweep}
     assert [claim.holds for claim in judge_sweep(sweep_cells(moves), sweep)] == [True] * 5
-    moves |= {"bdpo_0.999": (3.0, -2.0), "bpo_hinge_1.0": (-9.0, -40.0)}
+    moves |= {"bdpo_0_999": (3.0, -2.0), "bpo_hinge_1_0": (-9.0, -40.0)}
     assert [claim.holds for claim in judge_sweep(sweep_cells(moves), sweep)] == [False, True, False, False, True]
 
 
@@ -164,7 +164,7 @@ def run(tmp_path_factory):
                     for step in range(1, 121)
                 ]
                 (cell / "history.tsv").write_text("\n".join(lines) + "\n")
-    cost = {name: {"wall": 10.0, "cpu": 15.0} for name in ("train", "online")} | {"cell": "bdpo_0.1-0"}
+    cost = {name: {"wall": 10.0, "cpu": 15.0} for name in ("train", "online")} | {"cell": "bdpo_0_1-0"}
     write_json(folder / "cost.json", cost | {"score": {"wall": 20.0, "cpu": 30.0, "rows": 700}})
     return folder
 
