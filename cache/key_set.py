@@ -1,7 +1,7 @@
 """Many keys at once: 16 bytes each in one numpy array, where a Python set of bytes takes well over a hundred.
 
 numpy compares its strings byte by byte, as keys are ordered, but drops zeros at the end of one that is taken out
-singly: of one key in 256. So its arrays stay inside, and what is handed out has other types (`key_bytes`, `whole_keys`).
+singly: of one key in 256. Its arrays stay inside, and what is handed out has other types (`key_bytes`, `whole_keys`).
 """
 
 from collections.abc import Iterable, Iterator
