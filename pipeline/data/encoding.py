@@ -2,9 +2,10 @@
 
 With a chat template: the prompt is rendered with the generation prompt, the whole dialogue is rendered too, and the
 response is what the second adds to the first. Without: plain text and an end-of-sequence token. Either way a response
-ends with its end-of-turn token, then both are cut to the limits.
+ends with its end-of-turn token, then both are cut to the limits. docs/data.md states the rules.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from datetime import date
 from typing import Any, Literal, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from pipeline.data.dialogues import Message, Prompt
+from pipeline.data.shortening import shortened
 from pipeline.errors import RequestError
 from pipeline.progress import progress_bar
 
@@ -41,7 +43,27 @@ class Unusable(NamedTuple):
 
 
 class _Refused(ValueError):
-    """Why the chat template renders no text for one dialogue."""
+    """Why the chat template renders no usable text for one dialogue."""
+
+
+class _Start(NamedTuple):
+    """A prompt as it is encoded, possibly shortened.
+
+    text: up to the response; text_ids: of that text, without a closing eos; ids: what is kept of them.
+    """
+
+    prompt: Prompt
+    text: str
+    text_ids: np.ndarray
+    ids: np.ndarray
+    shortened: bool = False
+
+
+# What a generation prompt may end with that the rendering of an assistant's turn need not begin with.
+_THINK = re.compile(r"<think>\s*(</think>\s*)?\Z")
+_WORD_MARKS = ("▁", "Ġ")
+# Texts to encode a response behind, one of which does not become part of its first token.
+_CONTEXTS = ("\n", ".", "0", "z")
 
 
 class Encoder:
@@ -56,40 +78,127 @@ class Encoder:
         self._limits = limits
         self._ends = _end_tokens(tokenizer)
         self._adds_eos = not chat and _adds_eos(tokenizer)
+        self._marks_beginnings = _marks_beginnings(tokenizer)
         self._blank: dict[int, bool] = {}
-        self._prompt_texts: dict[Prompt, str] = {}
 
     def encode(self, examples: Sequence[tuple[Prompt, str]], label: str = "rows") -> list[Encoded | Unusable]:
         """One result per (prompt, response), in order; equal texts are worked on once."""
-        texts: dict[tuple[Prompt, str], tuple[str, str]] = {}
+        distinct = list(dict.fromkeys(examples))
+        starts = self._starts(list(dict.fromkeys(prompt for prompt, _ in distinct)), label)
         results: dict[tuple[Prompt, str], Encoded | Unusable] = {}
-        for example in dict.fromkeys(examples):
+        texts: dict[tuple[Prompt, str], tuple[_Start, str]] = {}
+        for example in distinct:
+            start = starts[example[0]]
+            if isinstance(start, Unusable):
+                results[example] = start
+                continue
             try:
-                texts[example] = self._render_chat(example) if self._chat else (_plain(example[0]), example[1])
+                texts[example] = start, self._added(start, example[1]) if self._chat else example[1]
             except _Refused as error:
                 results[example] = Unusable(str(error))
-        prompts = self._tokenise((prompt for prompt, _ in texts.values()), f"{label}: prompts", special=not self._chat)
-        responses = self._tokenise((response for _, response in texts.values()), f"{label}: responses", special=False)
-        for example, (prompt, response) in texts.items():
-            results[example] = self._finish(prompts[prompt], responses[response])
+        for example, ids in self._responses(texts, label).items():
+            start = texts[example][0]
+            results[example] = ids if isinstance(ids, Unusable) else self._finish(start, ids)
         return [results[example] for example in examples]
 
-    def _render_chat(self, example: tuple[Prompt, str]) -> tuple[str, str]:
-        """(the prompt with its generation prompt, what the whole dialogue adds to it), both as text."""
-        prompt, response = example
-        start = self._prompt_texts.get(prompt)
-        if start is None:
-            start = self._prompt_texts[prompt] = self._template(prompt, add_generation_prompt=True)
-        whole = self._template((*prompt, Message("assistant", response)), add_generation_prompt=False)
-        if not whole.startswith(start):
-            raise RequestError(
-                "the chat template renders a dialogue so that it does not begin with its own prompt; the response "
-                f"cannot be told from the prompt.\n  end of the prompt with generation prompt: {start[-120:]!r}\n"
-                f"  same place in the whole dialogue: {whole[max(0, len(start) - 120) :][:160]!r}\n"
-                "Set prepare.chat_template to a jinja file whose generation prompt is exactly how an assistant's turn "
-                "begins, or to never."
+    def _starts(self, prompts: Sequence[Prompt], label: str) -> dict[Prompt, "_Start | Unusable"]:
+        """Every prompt as it goes before its responses, the same for all of them; or why it can't."""
+        starts: dict[Prompt, _Start | Unusable] = {}
+        texts: dict[Prompt, str] = {}
+        for prompt in prompts:
+            try:
+                texts[prompt] = self._start_text(prompt)
+            except _Refused as error:
+                starts[prompt] = Unusable(str(error))
+        ids = self._tokenise(texts.values(), f"{label}: prompts", special=not self._chat)
+        for prompt, text in texts.items():
+            found = ids[text]
+            if self._adds_eos:
+                found = found[:-1]  # the answer follows here; the sequence is not over
+            starts[prompt] = self._within_limits(_Start(prompt, text, found, found))
+        return starts
+
+    def _within_limits(self, start: _Start) -> "_Start | Unusable":
+        """The prompt's limit, by the policy for long prompts."""
+        most = self._limits.max_prompt_tokens
+        if len(start.ids) == 0:
+            return Unusable("the prompt has no tokens")
+        if len(start.ids) <= most:
+            return start
+        if self._limits.long_prompts == "drop":
+            return Unusable(f"the prompt has {len(start.ids)} tokens, more than {most}", prompt_too_long=True)
+        if not self._chat:
+            opening = self._opening(start.ids)
+            end = start.ids[len(start.ids) - most + len(opening) :]
+            return start._replace(ids=np.append(opening, end), shortened=True)
+        assert not isinstance(start.prompt, str)
+        shorter = shortened(start.prompt, lambda messages: len(self._chat_start(messages).ids) <= most)
+        if shorter is None:
+            reason = f"the prompt has {len(start.ids)} tokens, more than {most}, also without its contents"
+            return Unusable(reason, prompt_too_long=True)
+        return self._chat_start(shorter)._replace(shortened=True)
+
+    def _chat_start(self, messages: tuple[Message, ...]) -> _Start:
+        text = self._start_text(messages)
+        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        found = np.asarray(ids, np.int32)
+        return _Start(messages, text, found, found)
+
+    def _opening(self, ids: np.ndarray) -> np.ndarray:
+        """The special tokens that the tokenizer puts before every text."""
+        special = set(self._tokenizer.all_special_ids)
+        count = next((i for i, token in enumerate(ids.tolist()) if token not in special), 0)
+        return ids[: min(count, self._limits.max_prompt_tokens - 1)]
+
+    def _start_text(self, prompt: Prompt) -> str:
+        """The text before a response; of a chat without a block of thoughts that its generation prompt ends with."""
+        if not self._chat:
+            return _plain(prompt)
+        return _THINK.sub("", self._template(prompt, add_generation_prompt=True))
+
+    def _added(self, start: _Start, response: str) -> str:
+        """What the whole dialogue adds to its prompt. Raises _Refused where it does not begin with it."""
+        whole = self._template((*start.prompt, Message("assistant", response)), add_generation_prompt=False)
+        if not whole.startswith(start.text):
+            common = next((i for i, (a, b) in enumerate(zip(start.text, whole, strict=False)) if a != b), len(whole))
+            raise _Refused(
+                "the chat template renders the dialogue so that it does not begin with its own prompt, so the response "
+                f"can't be told from it: the prompt goes on with {start.text[common:][:60]!r}, the dialogue with "
+                f"{whole[common:][:60]!r}. Set prepare.chat_template to a jinja file whose generation prompt is how an "
+                "assistant's turn begins, or to never"
             )
-        return start, whole[len(start) :]
+        return whole[len(start.text) :]
+
+    def _responses(
+        self, texts: dict[tuple[Prompt, str], tuple[_Start, str]], label: str
+    ) -> dict[tuple[Prompt, str], "np.ndarray | Unusable"]:
+        """The ids of each text after its prompt."""
+        what = f"{label}: responses"
+        if not self._marks_beginnings:
+            alone = self._tokenise((text for _, text in texts.values()), what, special=False)
+            return {example: alone[text] for example, (_, text) in texts.items()}
+        wholes = self._tokenise((start.text + text for start, text in texts.values()), what, special=not self._chat)
+        return {
+            example: self._after(start, text, wholes[start.text + text]) for example, (start, text) in texts.items()
+        }
+
+    def _after(self, start: _Start, text: str, whole: np.ndarray) -> "np.ndarray | Unusable":
+        """The response's ids where tokenizers mark the beginning of a text: what follows the prompt in the whole.
+
+        Where a token would lie on both sides, the prompt keeps its own ids, as at generation, and the response is
+        encoded as it is anywhere but at a beginning.
+        """
+        own = start.text_ids
+        if len(whole) >= len(own) and np.array_equal(whole[: len(own)], own):
+            return whole[len(own) :]
+        for context in _CONTEXTS:
+            before, after = (
+                np.asarray(self._tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+                for t in (context, context + text)
+            )
+            if len(after) > len(before) and np.array_equal(after[: len(before)], before):
+                return after[len(before) :]
+        return Unusable("the tokenizer makes one token of the end of the prompt and the beginning of the response")
 
     def _template(self, messages: Any, *, add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError, TemplateSyntaxError
@@ -126,23 +235,14 @@ class Encoder:
                 advance(len(chunk))
         return ids
 
-    def _finish(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> Encoded | Unusable:
-        """The end-of-turn rule, then the limits: first the prompt's policy, then the response gets the room left."""
-        if self._adds_eos:
-            prompt_ids = prompt_ids[:-1]  # the answer follows here; the sequence is not over
-        if len(prompt_ids) == 0:
-            return Unusable("the prompt has no tokens")
+    def _finish(self, start: _Start, response_ids: np.ndarray) -> Encoded | Unusable:
+        """The end-of-turn rule, then the limit of both: the response gets the room left."""
         if len(response_ids) == 0:
             return Unusable("the response has no tokens")
-        long = len(prompt_ids) > self._limits.max_prompt_tokens
-        if long and self._limits.long_prompts == "drop":
-            limit = self._limits.max_prompt_tokens
-            return Unusable(f"the prompt has {len(prompt_ids)} tokens, more than {limit}", prompt_too_long=True)
-        if long:
-            prompt_ids = prompt_ids[-self._limits.max_prompt_tokens :]
         response_ids = self._close_turn(response_ids)
-        room = self._limits.max_tokens - len(prompt_ids)
-        return Encoded(prompt_ids, response_ids[:room], truncated=len(response_ids) > room, prompt_truncated=long)
+        room = self._limits.max_tokens - len(start.ids)
+        truncated = len(response_ids) > room
+        return Encoded(start.ids, response_ids[:room], truncated=truncated, prompt_truncated=start.shortened)
 
     def _close_turn(self, ids: np.ndarray) -> np.ndarray:
         """`ids` up to its last end token if only white space follows it (templates add a line break); else with eos."""
@@ -182,3 +282,9 @@ def _end_tokens(tokenizer: Any) -> frozenset[int]:
 def _adds_eos(tokenizer: Any) -> bool:
     ids = tokenizer("a", verbose=False)["input_ids"]
     return len(ids) > 0 and ids[-1] == tokenizer.eos_token_id
+
+
+def _marks_beginnings(tokenizer: Any) -> bool:
+    """Whether a text alone has other tokens than the same text after another, as SentencePiece's word mark makes it."""
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+    return bool(tokens) and str(tokens[0]).startswith(_WORD_MARKS)

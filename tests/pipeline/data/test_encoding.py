@@ -106,11 +106,14 @@ def test_no_way_to_end_a_response_is_a_wrong_request():
         encode_one(byte_tokenizer([], eos=None), "2+2?", "4", chat=False)
 
 
-def test_a_template_whose_dialogue_does_not_begin_with_its_prompt_is_a_wrong_request():
-    turns = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
-    template = turns + "{% if add_generation_prompt %}>>{% endif %}"
-    with pytest.raises(RequestError, match=r"(?s)cannot be told from the prompt.*2\+2\?>>.*prepare\.chat_template"):
-        encode_one(byte_tokenizer(["</s>"], eos="</s>", template=template), ASK, "4")
+def test_a_dialogue_that_does_not_begin_with_its_prompt_is_unusable_and_the_others_are_not():
+    """As where a template moves something out of earlier turns once another turn follows."""
+    turns = "{% if '#' in messages[-1]['content'] %}!{% endif %}" + chat_tokenizers.COLONS
+    tokenizer = byte_tokenizer(["</s>"], eos="</s>", template=turns)
+    moved, good = Encoder(tokenizer, chat=True, limits=WIDE).encode([(ASK, "4 #"), (ASK, "4")])
+    assert isinstance(moved, Unusable) and not moved.prompt_too_long
+    assert "goes on with 'user: 2+2?" in moved.reason and "prepare.chat_template" in moved.reason
+    assert isinstance(good, Encoded)
 
 
 def test_broken_jinja_is_a_wrong_request():
@@ -160,3 +163,20 @@ def test_results_come_in_the_order_asked_for_across_batches_and_repeats(monkeypa
 
 def test_nothing_to_encode_is_nothing():
     assert Encoder(chat_tokenizers.plain(), chat=False, limits=WIDE).encode([]) == []
+
+
+@pytest.mark.parametrize("asked", ["<think>\n", "<think>\n\n</think>\n\n", "<think></think>"])
+@pytest.mark.parametrize("said", ["", "<think>\n\n</think>\n\n"])
+def test_a_block_of_thoughts_that_is_only_asked_for_belongs_to_no_prompt(asked, said):
+    """The response is what the template renders for the assistant's turn, behind the same prompt for all."""
+    turns = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}" + said + "{% endif %}"
+    )
+    turns += "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}<|im_start|>assistant\n" + asked + "{% endif %}"
+    tokenizer = byte_tokenizer(["<|im_start|>", "<|im_end|>", "</s>"], eos="</s>", template=template)
+    answers = ["4", "<think>\nTwo and two.\n</think>\n\n4"]
+    found = Encoder(tokenizer, chat=True, limits=WIDE).encode([(ASK, answer) for answer in answers])
+    assert [texts(tokenizer, encoded) for encoded in found] == [
+        ("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n", f"{said}{answer}<|im_end|>") for answer in answers
+    ]
