@@ -13,7 +13,7 @@ from pipeline.errors import RequestError
 from pipeline.model.generation import make_savable
 from pipeline.model.merged_adapter import merge_adapter
 from pipeline.model.opening import open_model
-from pipeline.model.parts import causal_model
+from pipeline.model.parts import causal_model, saved_config
 from pipeline.model.proof import vocabulary_of
 from pipeline.params import ModelParams, ScratchModel
 
@@ -73,8 +73,9 @@ def save_model(
     building = out.with_name(f".{out.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    # peft's wrapper has the same method, and writes the adapter alone.
-    cast(PreTrainedModel, model).save_pretrained(building, state_dict=state, safe_serialization=True)
+    with saved_config(model):
+        # peft's wrapper has the same method, and writes the adapter alone.
+        cast(PreTrainedModel, model).save_pretrained(building, state_dict=state, safe_serialization=True)
     if causal_model(model) is model:
         copy_tokenizer(tokenizer, building)
     prove(building)

@@ -1,13 +1,19 @@
 """Where the parts of a transformers causal language model are, whatever its architecture and wrapping call them."""
 
-from typing import TYPE_CHECKING, cast
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from pipeline.errors import RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+_NOISE = re.compile("drop|jitter")  # dropout, layerdrop, resid_pdrop, drop_path_rate; router_jitter_noise
 
 
 def causal_model(model: nn.Module) -> "PreTrainedModel":
@@ -39,16 +45,54 @@ def canonical_name(name: str) -> str:
 
 
 def disable_dropout(model: nn.Module) -> nn.Module:
-    """No dropout, also in training mode (which activation checkpointing needs): the reference was scored without."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]  # stubs: modules hold tensors and modules
+    """Nothing random in training mode (which activation checkpointing needs): the reference was scored without.
+
+    Not every dropout is a module: OPT hands a number to a function, Falcon one out of its config, and Mixtral's router
+    adds noise by another. A LoRA's own dropout, which the reference never had, stays. forward/steadiness.py tries
+    whether this was all. `saved_config` gives the config its numbers back while it is saved.
+    """
+    inner = causal_model(model)
+    configs = {id(config): config for config in _configs(model)}
+    inner._silenced = [(config, _rates(config)) for config in configs.values()]
+    silenced = [m for path, m in model.named_modules() if "lora_dropout" not in path]
+    for owner in (*silenced, *configs.values()):
+        for name in _rates(owner):
+            setattr(owner, name, 0.0)
     return model
+
+
+@contextmanager
+def saved_config(model: nn.Module) -> Iterator[None]:
+    """Within, the config holds the rates that `disable_dropout` took out of it."""
+    silenced: Any = getattr(causal_model(model), "_silenced", ())
+    for config, rates in silenced:
+        for name, rate in rates.items():
+            setattr(config, name, rate)
+    try:
+        yield
+    finally:
+        for config, rates in silenced:
+            for name in rates:
+                setattr(config, name, 0.0)
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        config = vars(module).get("config")
+        if config is not None and hasattr(config, "get_text_config"):
+            yield from (config, config.get_text_config())
 
 
 def has_dropout(model: nn.Module) -> bool:
     """Whether a forward in training mode would drop anything, by whatever kind of layer."""
-    rates = [m.p if isinstance(m, nn.Dropout) else getattr(m, "attention_dropout", 0.0) for m in model.modules()]
-    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
+    return any(_rates(module) for module in model.modules())
+
+
+def _rates(owner: Any) -> dict[str, float]:
+    """The numbers above zero by which a module, or modules by this config, drop values or add noise in training."""
+    dropout = isinstance(owner, _DropoutNd)
+    return {
+        name: value
+        for name, value in vars(owner).items()
+        if isinstance(value, float) and value > 0 and (_NOISE.search(name) or (dropout and name == "p"))
+    }

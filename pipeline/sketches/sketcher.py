@@ -13,6 +13,7 @@ from cache import SketchIdentity
 from cache.sketches import canonical_json
 from pipeline.errors import RequestError
 from pipeline.forward.logps import Tokens
+from pipeline.forward.steadiness import require_steady
 from pipeline.model.digests import config_digest, weights_digest
 from pipeline.model.opening import open_model
 from pipeline.model.parts import causal_model, disable_dropout
@@ -40,6 +41,7 @@ class Sketcher:
         self.exact = _exact_shapes(self.parts) if params.mode == "exact" else None
         if params.activation_checkpointing:
             causal_model(self.model).gradient_checkpointing_enable({"use_reentrant": False})
+            require_steady(self.model)
             self.model.train()  # transformers checkpoints in training mode only
         self.widths = dict.fromkeys(self.parts.groups.values(), params.k)
         if self.exact is not None:

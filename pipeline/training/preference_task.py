@@ -15,6 +15,7 @@ from pipeline.data.tables import name_pairs
 from pipeline.forward.kernels import choose_kernels
 from pipeline.forward.layout import choose_layout
 from pipeline.forward.logps import ResponseLogps, sequence_sums
+from pipeline.forward.steadiness import require_steady
 from pipeline.model.opening import open_model
 from pipeline.model.parts import causal_model, disable_dropout
 from pipeline.model.trainable import select_trainable
@@ -128,7 +129,8 @@ def start(job: Job, loop: LoopParams) -> TrainingRun:
     model = select_trainable(start_model, trainable)
     if loop.activation_checkpointing:
         causal_model(model).gradient_checkpointing_enable({"use_reentrant": False})
-    layout = choose_layout(disable_dropout(model), loop.layout, best="shared_prompts")
+    require_steady(disable_dropout(model))
+    layout = choose_layout(model, loop.layout, best="shared_prompts")
     kernels = choose_kernels(model, layout, loop)
     model.train()
     task = open_task(job, layout)
