@@ -15,9 +15,9 @@ from transformers.utils.import_utils import is_liger_kernel_available
 
 from pipeline.errors import RequestError
 from pipeline.forward.flex_attention import FLEX
-from pipeline.forward.layout import made_up, stand_in
 from pipeline.forward.logps import ResponseLogps, TokenBatch, collate, pack
 from pipeline.model.parts import causal_model, has_dropout, text_config
+from pipeline.model.stand_in import made_up, stand_in
 from pipeline.params import LoopParams
 
 # How far from float32 kernels may be, as a share of the norm: so far, or so many times as far as what they replace.

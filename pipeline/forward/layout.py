@@ -4,7 +4,6 @@ padded: a row a sequence; the plain way, which the others are tested against. pa
 distinct response, one after another. shared_prompts: every prompt once, before all its responses.
 """
 
-import copy
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -17,14 +16,13 @@ from pipeline.errors import RequestError
 from pipeline.forward.logps import ResponseLogps, TokenBatch, collate, pack
 from pipeline.forward.prompt_groups import UnsupportedAttention, attend
 from pipeline.model.parts import causal_model, text_config
+from pipeline.model.stand_in import made_up, stand_in
 
 ATTENTION = "refcache_prompt_groups"  # its name among transformers' attention implementations
 # Frequencies that change with the longest sequence at hand; a run has another one than each of its sequences.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 # Both layouts round differently; what sees a wrong token is off by far more.
 _TOLERANCE = 1e-3
-_VOCABULARY = 64
-_WINDOW = 6  # tokens; shorter than what is made up
 
 AttentionInterface.register(ATTENTION, attend)
 
@@ -67,29 +65,6 @@ def _problem(model: PreTrainedModel) -> str | None:
         return str(e) or type(e).__name__
 
 
-def stand_in(model: PreTrainedModel) -> PreTrainedModel:
-    """The architecture with few layers, but one of each kind, few tokens, a short window and random weights; on CPU.
-
-    The model itself is large, and under ZeRO-3 no rank has all of it.
-    """
-    config = copy.deepcopy(model.config)
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
-    if kinds:
-        text.num_hidden_layers = 1 + max(kinds.index(kind) for kind in set(kinds))
-        text.layer_types = kinds[: text.num_hidden_layers]
-    else:
-        text.num_hidden_layers = min(2, text.num_hidden_layers)
-    if getattr(text, "sliding_window", None):
-        text.sliding_window = min(_WINDOW, text.sliding_window)
-    text.vocab_size = _VOCABULARY
-    text.pad_token_id = text.bos_token_id = text.eos_token_id = None
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = type(model)(config)
-    return made.float().eval()
-
-
 def _rope_types(parameters: Any) -> set[str]:
     if not isinstance(parameters, Mapping):
         return set()
@@ -120,14 +95,3 @@ def _in_order(logps: ResponseLogps, batch: TokenBatch) -> Tensor:
     return logps.states(batch.input_ids, batch.places, batch.position_ids, batch.groups)[
         batch.rows.argsort(stable=True)
     ]
-
-
-def made_up(scale: int = 1) -> tuple[list[tuple[list[int], list[int]]], list[int]]:
-    """Three sequences for a stand-in, and the numbers of their two prompts; the longest has 16 * scale tokens."""
-    draw = torch.Generator().manual_seed(0)
-
-    def tokens(n: int) -> list[int]:
-        return torch.randint(_VOCABULARY, (n * scale,), generator=draw).tolist()
-
-    first, second = tokens(7), tokens(4)
-    return [(first, tokens(5)), (second, tokens(6)), (first, tokens(9))], [0, 1, 0]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import RequestError
-from pipeline.forward.layout import made_up, stand_in
 from pipeline.model.parts import causal_model, disable_dropout, saved_config
+from pipeline.model.stand_in import made_up, stand_in
 
 _TRIES = 3  # a rate of 0.1 drops something of a hundred values almost surely, a layer by chance
 

@@ -43,8 +43,12 @@ def open_model(
     Raises RequestError for what can't be loaded, for an adapter's folder, for quantised weights, and where any tensor
     is missing, unexpected, of another shape, or tied by the config to one with other values.
     """
+    from pipeline.model.attention import use_exact_attention
+
     model = _opened(source, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype)
     _require_ties(Path(source), model)
+    with translated(source):
+        use_exact_attention(model)
     return model
 
 
