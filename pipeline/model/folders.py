@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from pipeline.errors import RequestError
 from pipeline.model.generation import make_savable
 from pipeline.model.merged_adapter import merge_adapter
-from pipeline.model.opening import open_model
+from pipeline.model.opening import is_multimodal, open_config, open_model
 from pipeline.model.parts import causal_model, saved_config
 from pipeline.model.proof import vocabulary_of
+from pipeline.model.text_part import open_text_part
 from pipeline.params import ModelParams, ScratchModel
 
 
@@ -23,9 +24,12 @@ def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> Pr
     if params.scratch is not None:
         return _from_scratch(params.scratch, tokenizer)
     assert params.name is not None  # ModelParams sees to it
-    model = open_model(
-        params.name, revision=params.revision, trust_remote_code=params.trust_remote_code, dtype=torch.float32
-    )
+    name, revision, code = params.name, params.revision, params.trust_remote_code
+    config = open_config(name, revision=revision, trust_remote_code=code)
+    if is_multimodal(config):
+        model = open_text_part(name, config, revision=revision, trust_remote_code=code)
+    else:
+        model = open_model(name, dtype=torch.float32, revision=revision, trust_remote_code=code)
     if params.adapter is not None:
         failed = f"model.adapter {params.adapter!r} can't be merged into model.name {params.name!r}"
         model, _ = merge_adapter(model, params.adapter, failed=failed)

@@ -61,7 +61,12 @@ def _opened(source: str | Path, *, revision: str | None, trust_remote_code: bool
     from transformers import AutoModelForCausalLM
 
     config = open_config(source, revision=revision, trust_remote_code=trust_remote_code)
-    _refuse_quantised(source, config)
+    refuse_quantised(source, config)
+    if is_multimodal(config):
+        raise RequestError(
+            f"{source} is a multimodal model ({config.model_type}), and only texts are scored and trained here. Give "
+            "it as model.name: `refcache sft` writes its text part as a model of its own, where that computes the same."
+        )
     _refuse_damaged_files(Path(source))
     with translated(source):
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -75,7 +80,7 @@ def _opened(source: str | Path, *, revision: str | None, trust_remote_code: bool
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise RequestError(_adapter_message(source, None))
-    _judge(Path(source), found)
+    require_fitting(Path(source), found)
     return model
 
 
@@ -90,6 +95,12 @@ def model_of_config(
         return AutoModelForCausalLM.from_config(
             config, trust_remote_code=trust_remote_code, **({} if dtype is None else {"dtype": dtype})
         )
+
+
+def is_multimodal(config: "PreTrainedConfig") -> bool:
+    """Whether the config holds a language model's beside those of other parts."""
+    parts = ("vision_config", "audio_config", "speech_config")
+    return config.get_text_config() is not config and any(getattr(config, part, None) is not None for part in parts)
 
 
 def refuse_adapter(source: str | Path) -> None:
@@ -132,7 +143,7 @@ def _adapter_message(source: str | Path, file: Path | None) -> str:
     )
 
 
-def _refuse_quantised(source: str | Path, config: "PreTrainedConfig") -> None:
+def refuse_quantised(source: str | Path, config: "PreTrainedConfig") -> None:
     settings: Any = getattr(config, "quantization_config", None)
     if settings is None:
         return
@@ -158,7 +169,7 @@ def _refuse_pointers(folder: Path) -> None:
             refuse_pointer(file)
 
 
-def _judge(source: Path, found: Mapping[str, Any]) -> None:
+def require_fitting(source: Path, found: Mapping[str, Any]) -> None:
     """RequestError unless every tensor of the model came from the checkpoint, and the checkpoint holds no other."""
     unexpected = sorted(found["unexpected_keys"])
     kinds = {

@@ -11,7 +11,7 @@ from pipeline.forward.kernels import choose_kernels
 from pipeline.forward.layout import choose_layout
 from pipeline.forward.logps import ResponseLogps, collate, pack
 from pipeline.model.folders import initial_model
-from pipeline.model.opening import require_whole
+from pipeline.model.opening import is_multimodal, open_config, require_whole
 from pipeline.model.parts import causal_model
 from pipeline.model.tokenizer import open_prepared_tokenizer
 from pipeline.params import LoopParams, ModelParams
@@ -50,13 +50,20 @@ class SftTask:
         return {"loss": sums["nll"] / float(self.response_lengths[batch].sum())}
 
 
+def _is_multimodal(params: ModelParams) -> bool:
+    assert params.name is not None  # asked where nothing is from scratch
+    config = open_config(params.name, revision=params.revision, trust_remote_code=params.trust_remote_code)
+    return is_multimodal(config)
+
+
 def start(job: Job, loop: LoopParams) -> TrainingRun:
     """One rank's share; prepare keeps no sft rows back, so nothing is held out."""
     params = ModelParams.model_validate(job.settings["model"])
     tokenizer = open_prepared_tokenizer(Path(job.paths["tokenizer"]), trust_remote_code=params.trust_remote_code)
-    # An adapter is merged into whole weights, and random ones are drawn in the same order whatever the ranks.
-    whole = params.adapter is not None or params.scratch is not None
-    if loop.zero_stage == 3 and params.name is not None:
+    # Adapters are merged into whole weights, random ones are drawn in the same order whatever the ranks, and a text
+    # part is compared with its whole.
+    whole = params.adapter is not None or params.scratch is not None or _is_multimodal(params)
+    if loop.zero_stage == 3 and params.name is not None and not whole:
         require_whole(params.name, revision=params.revision, trust_remote_code=params.trust_remote_code)
     with nullcontext() if whole else divided_from_the_start(loop, micro_steps=micro_steps_for(loop)):
         model = initial_model(params, tokenizer)
