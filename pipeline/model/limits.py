@@ -1,6 +1,6 @@
 """Which responses a model can take at all: token ids it has embeddings for, and lengths it has positions for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,22 +9,69 @@ import polars as pl
 from pipeline.errors import RequestError
 from pipeline.model.opening import open_config
 
+# Where configs keep the longest sequence, as vLLM 0.32 looks for it; the smallest counts, Cohere's before all.
+_LENGTHS = [
+    *("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions"),
+    *("max_sequence_length", "max_seq_length", "seq_len"),
+]
+# Rotary kinds whose config states the scaled length itself; of the others it is the length before scaling.
+_SCALED_ALREADY = {"su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"}
+_BIASED = {"bloom", "mpt"}  # always ALiBi; Falcon by its config
+
 
 class ModelLimits(NamedTuple):
-    """vocabulary: rows of the embedding, above every id. positions: longest sequence, None where nothing bounds it."""
+    """vocabulary: rows of the embedding, above every id. positions: longest sequence, None where nothing bounds it.
+
+    hint: a sentence on what sets that bound and what would raise it, or "".
+    """
 
     vocabulary: int
     positions: int | None
+    hint: str = ""
 
 
 def model_limits(folder: Path, *, trust_remote_code: bool = False) -> ModelLimits:
     """Read from config.json, with the architecture's defaults for what the file leaves out."""
     config = open_config(folder, trust_remote_code=trust_remote_code).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    if positions and rope.get("rope_type") in ("linear", "dynamic"):
-        positions = int(positions * rope.get("factor", 1.0))  # the other kinds state the scaled length themselves
-    return ModelLimits(config.vocab_size, positions)
+    lengths = {name: value for name in _LENGTHS if (value := getattr(config, name, None)) is not None}
+    if (stated := getattr(config, "model_max_length", None)) is not None:
+        lengths = {"model_max_length": stated}
+    if not lengths:
+        return ModelLimits(config.vocab_size, None)
+    name = min(lengths, key=lengths.__getitem__)
+    ropes = _ropes(getattr(config, "rope_parameters", None))
+    positions = lengths[name]
+    if "gemma3" not in config.model_type:  # states the scaled length, whatever its kind
+        scales = [rope.get("factor") or 1.0 for rope in ropes if rope.get("rope_type") not in _SCALED_ALREADY]
+        positions = int(positions * (scales[-1] if scales else 1.0))
+    return ModelLimits(config.vocab_size, positions, _hint(config, name, positions, ropes))
+
+
+def _ropes(parameters: Any) -> list[dict[str, Any]]:
+    """The rotary parameters, one dict for each kind of layer that has its own."""
+    if not isinstance(parameters, Mapping):
+        return []
+    nested = [dict(part) for part in parameters.values() if isinstance(part, Mapping)]
+    return nested or [dict(parameters)]
+
+
+def _hint(config: Any, name: str, positions: int, ropes: list[dict[str, Any]]) -> str:
+    if config.model_type in _BIASED or getattr(config, "alibi", False):
+        return (
+            f"Its positions are a bias (ALiBi) without a limit of its own; vLLM reads {name}, and a larger one in "
+            "config.json changes no number."
+        )
+    for rope in ropes:
+        original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+        if rope.get("rope_type") == "yarn" and original and factor and original * factor > positions:
+            return (
+                f"For yarn {name} is the scaled length, in vLLM as in transformers. Its config allows "
+                f"{int(original * factor)} ({original} times {factor:g}): set {name} to that in config.json, which "
+                "changes no other number."
+            )
+        if rope.get("rope_type") == "longrope":
+            return f"longrope takes its scale from {name}, so a larger one in config.json would be another model."
+    return ""
 
 
 class UnscorableRow(NamedTuple):
@@ -75,5 +122,5 @@ def _rules(limits: ModelLimits, model: Path) -> Iterator[tuple[pl.Expr, pl.Expr,
             length > limits.positions,
             length,
             f"has {{}} tokens with its prompt, but {model} has {limits.positions} positions",
-            f"Set prepare.max_tokens to {limits.positions} or less and run `dvc repro`.",
+            f"Set prepare.max_tokens to {limits.positions} or less and run `dvc repro`. {limits.hint}".rstrip(),
         )
