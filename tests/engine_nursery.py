@@ -120,8 +120,13 @@ def keep(request: bytes, pipe: int, output: int, tell: int) -> None:
 
 
 def main() -> None:
+    from vllm.model_executor.models import registry
+
     import pipeline.engine.vllm_engine  # noqa: F401
 
+    # Where a class of models was not looked at on this machine before, vLLM starts a process to import it: seven
+    # seconds each. Its own process imports the class anyway.
+    registry._run_in_subprocess = lambda look: look()
     requests = socket.socket(fileno=int(sys.argv[1]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are not waited for
     while True:

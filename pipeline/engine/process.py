@@ -131,7 +131,9 @@ class EngineProcess:
             self.kill()
             raise self._failure(
                 f"gave log-probs by {backend} that are up to {difference:.3g} nats from transformers' "
-                f"(allowed {probe.tolerance:g}); scoring with it would fill the reference cache with wrong values"
+                f"(allowed {probe.tolerance:g}), so one of the two does not compute what the config says. Scoring "
+                "would fill the reference cache with values that training does not share; docs/models.md lists the "
+                "architectures that agree"
             )
 
     def score(self, rows: Sequence[Row], advance: Advance, *, sketched: Sequence[bool] | None = None) -> Scored:
