@@ -81,7 +81,7 @@ def sum_logps(model: Any, rows: list[tuple[list[int], list[int]]]) -> Any:
 
 def plain(options: argparse.Namespace, name: str, part: str) -> float:
     """Forward and backward of what trains, seconds a token: a DPO step without its optimiser."""
-    from pipeline.model.trainable import select_trainable
+    from pipeline.trainable.selection import select_trainable
 
     model = select_trainable(build(name), trainable_of(part))
     rows = sequences(options, model.config.vocab_size, options.rows)

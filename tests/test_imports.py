@@ -20,21 +20,22 @@ ARROWS = {
     "objectives": "",
     "report": "",
     "model": "params",
+    "trainable": "params model",
     "forward": "params model",
     "data": "params model.tokenizer",
-    "sketches": "params model forward",
-    "auxdpo": "params objectives model forward data",
+    "sketches": "params model trainable forward",
+    "auxdpo": "params objectives model trainable forward data",
     "engine": "params model forward sketches",
-    "training": "params objectives model forward data auxdpo",
+    "training": "params objectives model trainable forward data auxdpo",
     "reference": "params model forward data sketches engine",
-    "evaluation": "params model data engine reference.identity",
-    "runs": "params model forward data training auxdpo.requirements auxdpo.rank_share"
+    "evaluation": "params model trainable data engine reference.identity",
+    "runs": "params model trainable forward data training auxdpo.requirements auxdpo.rank_share"
     " reference.identity reference.drift",
-    "upkeep": "params model forward data sketches auxdpo engine.rows reference",
+    "upkeep": "params model trainable forward data sketches auxdpo engine.rows reference",
 }
 OPEN = {"errors", "files", "progress", "workspace"}  # modules of pipeline/ itself, for every room
 ENGINES = {"vllm": "pipeline/engine/vllm_engine.py", "deepspeed": "pipeline/training/deepspeed_engine.py"}
-ENGINE_FREE = ["params", "objectives", "report", "model", "forward", "data", "sketches", "auxdpo"]
+ENGINE_FREE = ["params", "objectives", "report", "model", "trainable", "forward", "data", "sketches", "auxdpo"]
 TORCH_FREE = ["cache", "pipeline.params", "pipeline.report", "pipeline.upkeep.inspection", "pipeline.upkeep.garbage"]
 
 

@@ -18,8 +18,8 @@ from pipeline.auxdpo.offsets import Offsets, prompt_shares, response_weights
 from pipeline.auxdpo.requirements import pair_responses, require_responses
 from pipeline.data.tables import PAIR_SIDES
 from pipeline.errors import RequestError
-from pipeline.model.trainable import adapter_digest
 from pipeline.params import AuxDPO
+from pipeline.trainable.selection import adapter_digest
 from pipeline.workspace import scratch_folder
 
 RESIDENT_BYTES = 4 << 30  # of a rank's share that stay on its accelerator; more is copied there at every step

@@ -32,11 +32,11 @@ from pipeline.evaluation.metrics import (
 from pipeline.evaluation.sampling import choose_prompts, stop_token_ids
 from pipeline.files import write_json
 from pipeline.model.limits import ModelLimits, check_rows, model_limits
-from pipeline.model.merged_adapter import loadable
 from pipeline.model.tokenizer import open_tokenizer
 from pipeline.params import EvaluateParams, ScoreParams
 from pipeline.progress import progress_bar
 from pipeline.reference.identity import reference_identity
+from pipeline.trainable.merging import loadable
 from pipeline.workspace import log_file
 
 

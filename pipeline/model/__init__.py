@@ -1,1 +1,1 @@
-"""Transformers folders: loading, saving, digests, tokenizer, what trains, and what a model can take."""
+"""Transformers models and tokenizers: opened whole and as their config says, their digests and limits."""

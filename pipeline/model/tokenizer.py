@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RequestError
-from pipeline.model.adapters import adapter_tokenizer
 from pipeline.model.opening import refuse_adapter, translated
 from pipeline.params import ModelParams
 
@@ -91,7 +90,7 @@ def load_tokenizer(model: ModelParams) -> Any:
     assert model.name is not None  # the caller trains one otherwise
     refuse_adapter(model.name)
     source, revision = model.name, model.revision
-    if model.adapter is not None and adapter_tokenizer(model.adapter):
+    if model.adapter is not None and _brings_tokenizer(model.adapter):
         print(f"tokenizer and chat template: those of model.adapter, {model.adapter}", file=sys.stderr)
         source, revision = model.adapter, None
     if Path(source).is_dir():
@@ -100,6 +99,16 @@ def load_tokenizer(model: ModelParams) -> Any:
         return AutoTokenizer.from_pretrained(
             source, revision=revision or "main", trust_remote_code=model.trust_remote_code
         )
+
+
+def _brings_tokenizer(adapter: str) -> bool:
+    from transformers.utils import cached_file
+
+    if Path(adapter).is_dir():
+        return (Path(adapter) / "tokenizer_config.json").exists()
+    with translated(adapter, what=f"model.adapter {adapter!r}"):
+        # None where the hub has no such file; an error where it can't be asked.
+        return cached_file(adapter, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None
 
 
 def read_template(choice: str) -> str | None:

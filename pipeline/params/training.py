@@ -57,7 +57,7 @@ class LastFraction(Section):
 class LoraShape(Section):
     r: Positive = 8
     alpha: Positive = 16
-    # Names of layers, each of which must be there; or a group of the architecture's own (model/lora_targets.py).
+    # Names of layers, each of which must be there; or a group of the architecture's own (trainable/targets.py).
     targets: Literal["attention", "mlp", "all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"]
     )

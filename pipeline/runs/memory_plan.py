@@ -22,8 +22,8 @@ from pipeline.forward.layout import ATTENTION
 from pipeline.forward.logps import ResponseLogps, TokenBatch
 from pipeline.model.opening import model_of_config
 from pipeline.model.parts import causal_model, text_config
-from pipeline.model.trainable import select_trainable
 from pipeline.params import AnyVariant, AuxDPO, LoopParams, Trainable
+from pipeline.trainable.selection import select_trainable
 from pipeline.training.batches import batch_indices, micro_batches, steps_for
 from pipeline.training.pairs import PairBatches
 

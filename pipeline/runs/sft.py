@@ -46,9 +46,10 @@ def fine_tune(
 
 
 def _take_as_is(*, tokenizer: Path, out: Path, history: Path, metrics: Path, model: ModelParams) -> dict[str, Any]:
-    from pipeline.model.folders import initial_model, save_model
     from pipeline.model.proof import answers, require_written
     from pipeline.model.tokenizer import open_prepared_tokenizer
+    from pipeline.trainable.initial import initial_model
+    from pipeline.trainable.saving import save_model
 
     loaded = initial_model(model, open_prepared_tokenizer(tokenizer, trust_remote_code=model.trust_remote_code))
     expected = answers(loaded.eval())

@@ -17,12 +17,12 @@ from pipeline.forward.steadiness import require_steady
 from pipeline.model.digests import config_digest, weights_digest
 from pipeline.model.opening import open_model
 from pipeline.model.parts import causal_model, disable_dropout
-from pipeline.model.trainable import adapter_digest, select_trainable
 from pipeline.params import SketchParams, Trainable
 from pipeline.sketches.collector import GradientCollector, Sketched
 from pipeline.sketches.groups import TrainedParts, find_trained
 from pipeline.sketches.hashes import AUDIT, HASH_VERSION, SKETCH, hashes
 from pipeline.sketches.sums import ExactSums, Sums, TensorSketchSums, exact_widths
+from pipeline.trainable.selection import adapter_digest, select_trainable
 
 LARGEST_EXACT = 1 << 18  # numbers a response; half a megabyte of float16
 

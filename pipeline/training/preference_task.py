@@ -18,9 +18,9 @@ from pipeline.forward.logps import ResponseLogps, sequence_sums
 from pipeline.forward.steadiness import require_steady
 from pipeline.model.opening import open_model
 from pipeline.model.parts import causal_model, disable_dropout
-from pipeline.model.trainable import select_trainable
 from pipeline.objectives import OBJECTIVES, PairLogps
 from pipeline.params import AuxDPO, LoopParams, Trainable
+from pipeline.trainable.selection import select_trainable
 from pipeline.training.deepspeed_engine import Engine, divided_from_the_start
 from pipeline.training.held_out import HeldOutPairs
 from pipeline.training.job import Job

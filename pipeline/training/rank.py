@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import write_json
-from pipeline.model.trainable import count_trained
+from pipeline.model.parts import causal_model
 from pipeline.params import LoopParams
+from pipeline.trainable.saving import Trained, save_trained, try_saving
+from pipeline.trainable.selection import count_trained
 from pipeline.training import preference_task, sft_task
 from pipeline.training.batches import steps_for, tokens_in
 from pipeline.training.deepspeed_engine import init_distributed, leave_distributed
 from pipeline.training.job import SUMMARY, Job
-from pipeline.training.loop import ordered_groups, run_loop
+from pipeline.training.loop import TrainingRun, ordered_groups, run_loop
 from pipeline.training.record import HISTORY, median
-from pipeline.training.saving import save_trained, try_saving
 from pipeline.training.trackers import open_trackers
 
 
@@ -24,7 +25,8 @@ def run_rank(job: Job, work: Path) -> dict[str, Any] | None:
     loop = LoopParams.model_validate(job.loop)
     began = time.perf_counter()
     run = {"sft": sft_task, "preferences": preference_task}[job.kind].start(job, loop)
-    try_saving(run.model, run.engine, job, work)
+    if (untrained := _gathered(run, job)) is not None:
+        try_saving(untrained, work / "untrained")
     resumed_from = run_loop(
         run,
         loop,
@@ -35,9 +37,10 @@ def run_rank(job: Job, work: Path) -> dict[str, Any] | None:
         ),
     )
     beside = {"offsets": run.companion.summary()} if run.companion else {}
-    save_trained(run.model, run.engine, job, work / "model")
+    trained = _gathered(run, job)
     summary = None
-    if run.engine.rank == 0:
+    if trained is not None:
+        save_trained(trained, work / "model")
         if run.companion:
             run.companion.export(work / "model")
         steps = steps_for(loop.epochs, len(run.task.lengths), loop.batch_size)
@@ -62,3 +65,14 @@ def run_rank(job: Job, work: Path) -> dict[str, Any] | None:
         write_json(work / SUMMARY, summary)
     leave_distributed()
     return summary
+
+
+def _gathered(run: TrainingRun, job: Job) -> Trained | None:
+    """What rank 0 saves; None on the others. Collective."""
+    is_adapter = causal_model(run.model) is not run.model
+    state = run.engine.gathered_state(run.model, trained_only=is_adapter)
+    if run.engine.rank:
+        return None
+    code = job.settings.get("trust_remote_code", job.settings.get("model", {}).get("trust_remote_code", False))
+    base = Path(job.paths["model"]) if is_adapter else None
+    return Trained(run.model, state, Path(job.paths["tokenizer"]), base, code)

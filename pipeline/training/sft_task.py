@@ -10,11 +10,11 @@ from pipeline.data.tables import read_sft
 from pipeline.forward.kernels import choose_kernels
 from pipeline.forward.layout import choose_layout
 from pipeline.forward.logps import ResponseLogps, collate, pack
-from pipeline.model.folders import initial_model
 from pipeline.model.opening import is_multimodal, open_config, require_whole
 from pipeline.model.parts import causal_model
 from pipeline.model.tokenizer import open_prepared_tokenizer
 from pipeline.params import LoopParams, ModelParams
+from pipeline.trainable.initial import initial_model
 from pipeline.training.deepspeed_engine import Engine, divided_from_the_start
 from pipeline.training.job import Job
 from pipeline.training.loop import TrainingRun, micro_steps_for

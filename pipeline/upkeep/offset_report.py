@@ -22,9 +22,9 @@ from pipeline.forward.logps import ResponseLogps, Tokens
 from pipeline.model.digests import config_digest, weights_digest
 from pipeline.model.opening import open_model
 from pipeline.model.parts import disable_dropout
-from pipeline.model.trainable import select_trainable
 from pipeline.params import AuxDPO, Trainable
 from pipeline.progress import activity, progress_bar
+from pipeline.trainable.selection import select_trainable
 
 BATCH_TOKENS = 4096  # of prompts and responses in one backward, padding included
 SAME = 0.01  # relative difference from what training recorded that sketches, pairs and offsets of that run can have

@@ -34,7 +34,7 @@ def classes_table(classes: Sequence[PolicyClass], run: Path) -> str:
 
 def trained_parameters(reference: Path, of: PolicyClass) -> int:
     """How many numbers train in this class."""
-    from pipeline.model.trainable import select_trainable
+    from pipeline.trainable.selection import select_trainable
     from studies.measure.policies import load_model
 
     chosen = TypeAdapter[Trainable](Trainable).validate_python(parse_trainable(of.trainable))

@@ -49,8 +49,8 @@ def command(params: "Params", pairs: Path, model: Path, policies: Path, out: Pat
 
     from pipeline.data.tables import read_responses
     from pipeline.evaluation.sampling import choose_prompts, stop_token_ids
-    from pipeline.model.merged_adapter import loadable
     from pipeline.model.tokenizer import open_tokenizer
+    from pipeline.trainable.merging import loadable
     from studies.measure.policies import load_model
     from studies.pages.runs import REFERENCE
 

@@ -40,8 +40,8 @@ def command(
 
     from pipeline.data.tables import read_pairs, read_responses
     from pipeline.evaluation.sampling import choose_prompts
-    from pipeline.model.merged_adapter import loadable
     from pipeline.reference.identity import open_for_model
+    from pipeline.trainable.merging import loadable
 
     everything = read_responses(pairs)
     prompts = [choose_prompts(everything.filter(pl.col("split") == split), PROMPTS)["prompt_key"] for split in splits]

@@ -13,8 +13,8 @@ from pipeline.data.demo import true_reward
 from pipeline.data.tables import read_responses
 from pipeline.evaluation.sampling import choose_prompts
 from pipeline.model.tokenizer import open_tokenizer
-from pipeline.model.trainable import select_trainable
 from pipeline.params import EvaluateParams, Lora, LoraShape, PrepareParams
+from pipeline.trainable.selection import select_trainable
 from studies.measure import answers, pair_logps
 from studies.measure.answers import Scale, ended, measure
 from studies.measure.policies import load_model

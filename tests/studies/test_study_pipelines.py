@@ -10,8 +10,8 @@ import torch
 from dvc.repo import Repo
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.model.trainable import select_trainable
 from pipeline.params import LastFraction, load_params
+from pipeline.trainable.selection import select_trainable
 from stages.__main__ import StageGroup
 from studies.demo.results import DemoStudy
 from studies.pages.settings import load_section

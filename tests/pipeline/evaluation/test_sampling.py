@@ -10,7 +10,7 @@ import pytest
 from cache import prompt_key
 from pipeline.errors import RequestError
 from pipeline.evaluation.sampling import choose_prompts, stop_token_ids
-from pipeline.model.merged_adapter import loadable
+from pipeline.trainable.merging import loadable
 from tests.tiny import EOS, write_tokenizer
 
 

@@ -59,7 +59,7 @@ def test_missing_rows_name_the_stage_that_writes_them(tmp_path):
 
 @pytest.mark.parametrize("scratch", [{"architecture": "qwen22"}, {"config": {"hiden_size": 8}}])
 def test_misspelt_scratch_models_are_named(tmp_path, scratch):
-    from pipeline.model.folders import initial_model
+    from pipeline.trainable.initial import initial_model
 
     word = scratch.get("architecture", "hiden_size")
     with pytest.raises(RequestError, match=word):

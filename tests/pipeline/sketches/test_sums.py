@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pipeline.model.trainable import select_trainable
 from pipeline.sketches.groups import find_trained
 from pipeline.sketches.hashes import SKETCH, hashes
 from pipeline.sketches.sums import TensorSketchSums
+from pipeline.trainable.selection import select_trainable
 from tests.pipeline.forward.test_logps import tiny_model
 from tests.pipeline.sketches.slow_sketches import exact_gradients
 

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.errors import RequestError, RunFailed
-from pipeline.model.merged_adapter import loadable
-from pipeline.model.trainable import select_trainable
 from pipeline.params import Lora, LoraShape
+from pipeline.trainable.merging import loadable
+from pipeline.trainable.selection import select_trainable
 from tests.tiny import VOCABULARY, write_model
 
 IDS = torch.randint(3, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(3))

@@ -1,22 +1,14 @@
-"""Build, load and save causal language models as transformers folders."""
-
-import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import cast
+"""The model that supervised fine-tuning starts from: a hub or local one with its adapter merged, or random weights."""
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import RequestError
-from pipeline.model.generation import make_savable
-from pipeline.model.merged_adapter import merge_adapter
 from pipeline.model.opening import is_multimodal, open_config, open_model
-from pipeline.model.parts import causal_model, saved_config
 from pipeline.model.proof import vocabulary_of
 from pipeline.model.text_part import open_text_part
 from pipeline.params import ModelParams, ScratchModel
+from pipeline.trainable.merging import merge_adapter
 
 
 def initial_model(params: ModelParams, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -64,35 +56,3 @@ def _from_scratch(scratch: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> 
     with torch.random.fork_rng():
         torch.manual_seed(scratch.seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-def save_model(
-    model: nn.Module, state: dict[str, Tensor], tokenizer: Path, out: Path, *, prove: Callable[[Path], None]
-) -> None:
-    """Write `state` (the model's parameter names) with config and tokenizer to `out`, complete or not at all.
-
-    prove: called with the written folder before it takes its place; raises where it is not what was meant.
-    """
-    make_savable(causal_model(model))
-    building = out.with_name(f".{out.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    with saved_config(model):
-        # peft's wrapper has the same method, and writes the adapter alone.
-        cast(PreTrainedModel, model).save_pretrained(building, state_dict=state, safe_serialization=True)
-    if causal_model(model) is model:
-        copy_tokenizer(tokenizer, building)
-    prove(building)
-    shutil.rmtree(out, ignore_errors=True)
-    building.rename(out)
-
-
-def copy_tokenizer(tokenizer: Path, model: Path) -> None:
-    """Put the tokenizer's files beside the weights, so that the folder works on its own.
-
-    tokenizer: a folder with nothing else, or that of another model; a tokenizer of one's own may name files anyhow.
-    """
-    for file in sorted(tokenizer.iterdir()):
-        weights = file.suffix in (".safetensors", ".bin") or file.name.endswith(".index.json")
-        if file.is_file() and not weights and not (model / file.name).exists():
-            shutil.copyfile(file, model / file.name)

@@ -3,8 +3,8 @@
 import pytest
 
 from pipeline.errors import RequestError
-from pipeline.model.trainable import select_trainable
 from pipeline.params import LastFraction, Lora, LoraShape
+from pipeline.trainable.selection import select_trainable
 from tests.pipeline.forward.test_logps import tiny_model
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import RequestError
-from pipeline.model.adapters import merged, open_adapter
 from pipeline.model.opening import open_model
 from pipeline.model.proof import Answers, answers, require_same_answers, require_written
 from pipeline.progress import activity
+from pipeline.trainable.adapters import merged, open_adapter
 from pipeline.workspace import scratch_folder
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from pipeline.errors import RequestError
-from pipeline.model.lora_targets import count_adapted, lora_modules, require_adapted
 from pipeline.model.parts import canonical_name, causal_model, transformer_blocks
 from pipeline.params import LastFraction, Lora, Trainable
+from pipeline.trainable.targets import count_adapted, lora_modules, require_adapted
 
 
 def select_trainable(model: nn.Module, trainable: Trainable) -> nn.Module:

@@ -52,18 +52,6 @@ def merged(adapted: "PeftModel", *, failed: str) -> "PreTrainedModel":
     return model
 
 
-def adapter_tokenizer(adapter: str | Path) -> bool:
-    """Whether the adapter brings a tokenizer of its own. Raises RequestError for a hub id that can't be asked."""
-    from transformers.utils import cached_file
-
-    if Path(adapter).is_dir():
-        return (Path(adapter) / "tokenizer_config.json").exists()
-    with _translated(f"model.adapter {str(adapter)!r} can't be read"):
-        return (
-            cached_file(str(adapter), "tokenizer_config.json", _raise_exceptions_for_missing_entries=False) is not None
-        )
-
-
 @contextmanager
 def _translated(failed: str) -> Iterator[None]:
     try:

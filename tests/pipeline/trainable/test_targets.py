@@ -5,9 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.errors import RequestError
-from pipeline.model.lora_targets import count_adapted
-from pipeline.model.trainable import select_trainable
 from pipeline.params import Lora, LoraShape
+from pipeline.trainable.selection import select_trainable
+from pipeline.trainable.targets import count_adapted
 
 SHAPE = {
     "vocab_size": 61,
