@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import NamedTuple, TypeVar
 
-from pipeline.data.sources import Row
+from pipeline.data.files import Row
 from pipeline.data.splitting import share_of
 from pipeline.errors import RequestError
 from pipeline.params import DemoParams

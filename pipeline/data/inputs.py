@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from pipeline.data.demo import demo_rows, demo_sft_rows
 from pipeline.data.dialogues import readable
+from pipeline.data.files import BadRow, Row, find_files, read_file
 from pipeline.data.preferences import Preference, SupervisedExample, parse_preferences, parse_supervised
-from pipeline.data.sources import BadRow, Row, read_dataset, read_file
+from pipeline.data.sources import read_dataset
 from pipeline.data.splitting import is_selected, side_of
-from pipeline.errors import RequestError
 from pipeline.params import ColumnNames, PrepareParams
 
 
@@ -54,10 +54,12 @@ def _sources(params: PrepareParams) -> tuple[list[Source], list[Source]]:
         return [(hub.split, read_dataset(hub, hub.split, folder))], test
     files = params.files
     assert files is not None
-    read = [
-        [(name, read_file(folder, name)) for name in dict.fromkeys(names)] for names in (files.pairs, files.test_pairs)
-    ]
+    read = [[(name, _read(folder, name)) for name in dict.fromkeys(names)] for names in (files.pairs, files.test_pairs)]
     return read[0], read[1]
+
+
+def _read(folder: Path, name: str) -> Iterator[Row | BadRow]:
+    return chain.from_iterable(read_file(folder, file) for file in find_files(folder, name))
 
 
 def _sft_rows(params: PrepareParams) -> Iterable[Row | BadRow]:
@@ -65,7 +67,7 @@ def _sft_rows(params: PrepareParams) -> Iterable[Row | BadRow]:
         return demo_sft_rows(params.demo)
     if params.sft.source == "none":
         return ()
-    return chain.from_iterable(read_file(Path(params.input), name) for name in params.sft.files)
+    return chain.from_iterable(_read(Path(params.input), name) for name in params.sft.files)
 
 
 def _preferences(
@@ -105,9 +107,4 @@ def _chosen_responses(
         if trains and is_selected(text, share=params.sft.pairs_share):
             example = SupervisedExample(preference.where, preference.prompt, preference.chosen)
             found.setdefault((preference.prompt, preference.chosen), example)
-    if not found:
-        raise RequestError(
-            f"prepare.sft: no training prompt was selected (pairs_share {params.sft.pairs_share}); raise pairs_share, "
-            "or choose another sft.source."
-        )
     return list(found.values())

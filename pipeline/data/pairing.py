@@ -11,8 +11,8 @@ import pyarrow as pa
 from cache.keys import prompt_key, response_key
 from pipeline.data.dialogues import readable
 from pipeline.data.encoding import Encoded, Encoder, Unusable
+from pipeline.data.files import BadRow
 from pipeline.data.preferences import Preference, SupervisedExample
-from pipeline.data.sources import BadRow
 from pipeline.data.splitting import side_of
 from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, SFT_SCHEMA, TOKENS
 from pipeline.params import PrepareParams

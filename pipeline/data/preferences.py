@@ -21,7 +21,7 @@ from pipeline.data.dialogues import (
     split_plain,
     where_they_differ,
 )
-from pipeline.data.sources import BadRow, Row
+from pipeline.data.files import BadRow, Row
 from pipeline.errors import RequestError
 from pipeline.params import ColumnNames
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from pipeline.data.dialogues import readable
 from pipeline.data.encoding import Encoder, Limits
+from pipeline.data.files import BadRow
 from pipeline.data.inputs import Inputs, read_inputs
 from pipeline.data.pairing import PairTables, SupervisedTable, pair_tables, supervised_table
-from pipeline.data.sources import BadRow
 from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, SFT_SCHEMA, write_table
 from pipeline.errors import RequestError
 from pipeline.files import write_json
@@ -126,7 +126,8 @@ def _need_rows(params: PrepareParams, tables: PairTables, supervised: Supervised
                 f"test (prepare.test_share is {params.test_share})."
             )
     if params.sft.source != "none" and supervised.counts["sft_rows"] == 0:
-        raise RequestError("no usable sft row is left; see prepare.sft and prepare.max_prompt_tokens.")
+        share = f"; prepare.sft.pairs_share ({params.sft.pairs_share}) selects prompts" * (params.sft.source == "pairs")
+        raise RequestError(f"no usable sft row is left{share}; see prepare.sft and prepare.max_prompt_tokens.")
     if counts["pairs"]["test"] == 0:
         print(f"Warning: no test pair (prepare.test_share is {params.test_share}).", file=sys.stderr)
 

@@ -41,7 +41,7 @@ class DemoParams(Section):
 
 
 class FilesParams(Section):
-    """File names relative to prepare.input; .jsonl or .parquet. `test_pairs` empty: split `pairs` by prompt."""
+    """Files, patterns (*.jsonl.gz) or folders under prepare.input. `test_pairs` empty: split `pairs` by prompt."""
 
     pairs: list[str] = Field(min_length=1)
     test_pairs: list[str] = Field(default_factory=list)

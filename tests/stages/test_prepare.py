@@ -121,7 +121,7 @@ def test_the_option_goes_before_the_parameter(project):
     [
         (["prepare.files.pairs=[absent.jsonl]"], "data/input/absent.jsonl does not exist"),
         (["prepare.files.pairs=[empty.jsonl]"], "data/input/empty.jsonl is empty"),
-        (["prepare.files.pairs=[table.csv]"], "unknown extension '.csv'"),
+        (["prepare.files.pairs=[table.xlsx]"], "unknown extension '.xlsx'"),
         (["prepare.files.test_pairs=[pairs.jsonl]"], "no usable train pair is left"),
         (["prepare.max_prompt_tokens=2"], "20 pairs with a prompt above prepare.max_prompt_tokens (2) dropped"),
         (["prepare.sft={source: pairs, pairs_files: [other.jsonl]}"], "not among prepare.files.pairs"),

@@ -3,8 +3,8 @@
 import pytest
 
 from pipeline.data.dialogues import Message, readable
+from pipeline.data.files import BadRow, Row
 from pipeline.data.preferences import Preference, SupervisedExample, parse_preferences, parse_supervised
-from pipeline.data.sources import BadRow, Row
 from pipeline.errors import RequestError
 from pipeline.params import ColumnNames
 

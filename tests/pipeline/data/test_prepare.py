@@ -284,3 +284,24 @@ def test_a_from_scratch_model_can_be_trained_on_plain_text(folder, tmp_path):
     prepare_into(tmp_path / "out", file_params(folder, chat_template="never"))
     row = read_responses(tmp_path / "out" / "pairs").row(0, named=True)
     assert row["response_ids"][-1] == 1 and not set(row["prompt_ids"]) & {0, 1, 2, 3, 4}  # no special token but the end
+
+
+def test_bad_rows_are_reported_before_what_follows_from_them(tmp_path, plain_model):
+    """Other column names leave no pair, hence no sft row: the columns are the cause."""
+    write_jsonl(tmp_path / "in" / "pairs.jsonl", [{"question": "Say hi", "better": "Hi", "worse": "No"}])
+    for model in (plain_model, ModelParams.model_validate({"scratch": {}})):
+        with pytest.raises(RequestError, match=r"pairs\.jsonl:1: no column 'chosen' \(found 'question', 'better'"):
+            prepare_into(tmp_path / "out", file_params(tmp_path / "in", sft={"source": "pairs"}), model)
+
+
+def test_a_pattern_reads_all_its_files(tmp_path, plain_model):
+    write_jsonl(tmp_path / "in" / "a.jsonl", pair_rows(12))
+    (tmp_path / "in" / "b.json").write_text(json.dumps(pair_rows(20)[12:]))
+    both = file_params(tmp_path / "in", files={"pairs": ["*.json*"]}, sft={"source": "none"})
+    write_jsonl(tmp_path / "whole" / "pairs.jsonl", pair_rows(20))
+    one = file_params(tmp_path / "whole", sft={"source": "none"})
+    keys = []
+    for name, params in (("both", both), ("one", one)):
+        prepare_into(tmp_path / name, params, plain_model)
+        keys.append(read_pairs(tmp_path / name / "pairs").select("chosen_key", "rejected_key", "split").rows())
+    assert keys[0] == keys[1] and len(keys[0]) > 10
