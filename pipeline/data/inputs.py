@@ -19,13 +19,15 @@ class Inputs(NamedTuple):
     test: list[Preference] | None
     supervised: list[SupervisedExample]
     bad: list[BadRow]
+    unused: list[str]  # columns that no row's meaning was taken from, sorted
 
 
 def read_inputs(params: PrepareParams, *, chat: bool) -> Inputs:
     """Read and parse all rows, collecting bad ones. Raises RequestError for missing files, unknown splits, ..."""
     bad: list[BadRow] = []
+    unused: set[str] = set()
     columns = ColumnNames() if params.source == "demo" else params.columns
-    sources, test_sources = _sources(params)
+    sources, test_sources = _sources(params, unused)
     parsed = {name: list(_preferences(rows, columns, bad, chat=chat)) for name, rows in sources}
     preferences = list(chain.from_iterable(parsed.values()))
     test = None
@@ -35,15 +37,32 @@ def read_inputs(params: PrepareParams, *, chat: bool) -> Inputs:
         names = params.sft.pairs_files or list(parsed)[:1]
         supervised = _chosen_responses(chain.from_iterable(parsed[name] for name in names), test, params)
     else:
-        supervised = list(_supervised(_sft_rows(params), columns, bad, chat=chat))
-    return Inputs(preferences, test, supervised, bad)
+        supervised = list(_supervised(_sft_rows(params, unused), columns, bad, chat=chat))
+    return Inputs(preferences, test, supervised, bad, sorted(unused))
 
 
 Source = tuple[str, Iterator[Row | BadRow]]
 
 
-def _sources(params: PrepareParams) -> tuple[list[Source], list[Source]]:
+def _noting(rows: Iterator[Row | BadRow], used: set[str], unused: set[str]) -> Iterator[Row | BadRow]:
+    """The same rows; `unused` gets the names of their columns that are not among `used`."""
+    for row in rows:
+        if isinstance(row, Row):
+            unused |= row.values.keys() - used
+        yield row
+
+
+def _sources(params: PrepareParams, unused: set[str]) -> tuple[list[Source], list[Source]]:
     """(name, rows) of every source of pairs, and of every source of test pairs (none: split by prompt)."""
+    pairs, test = _named_rows(params)
+    used = set(params.columns.model_dump(exclude={"completion"}).values())
+    if params.source == "demo":
+        return pairs, test
+    noted = [[(name, _noting(rows, used, unused)) for name, rows in sources] for sources in (pairs, test)]
+    return noted[0], noted[1]
+
+
+def _named_rows(params: PrepareParams) -> tuple[list[Source], list[Source]]:
     folder = Path(params.input)
     if params.source == "demo":
         return [("demo", demo_rows(params.demo))], []
@@ -62,12 +81,13 @@ def _read(folder: Path, name: str) -> Iterator[Row | BadRow]:
     return chain.from_iterable(read_file(folder, file) for file in find_files(folder, name))
 
 
-def _sft_rows(params: PrepareParams) -> Iterable[Row | BadRow]:
+def _sft_rows(params: PrepareParams, unused: set[str]) -> Iterable[Row | BadRow]:
     if params.sft.source == "demo":
         return demo_sft_rows(params.demo)
     if params.sft.source == "none":
         return ()
-    return chain.from_iterable(_read(Path(params.input), name) for name in params.sft.files)
+    used = {params.columns.prompt, params.columns.completion, "messages"}
+    return _noting(chain.from_iterable(_read(Path(params.input), name) for name in params.sft.files), used, unused)
 
 
 def _preferences(

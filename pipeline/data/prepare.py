@@ -16,6 +16,7 @@ from pipeline.data.dialogues import readable
 from pipeline.data.encoding import Encoder, Limits
 from pipeline.data.files import BadRow
 from pipeline.data.inputs import Inputs, read_inputs
+from pipeline.data.notices import notices, tell
 from pipeline.data.pairing import PairTables, SupervisedTable, pair_tables, supervised_table
 from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, SFT_SCHEMA, write_table
 from pipeline.errors import RequestError
@@ -82,7 +83,10 @@ def _prepare(params: PrepareParams, model: ModelParams, on_bad_row: str) -> _Pre
     _judge(bad, on_bad_row, params)
     _need_rows(params, tables, supervised, bad)
     skipped = {"count": len(bad), "examples": [row._asdict() for row in bad[:KEPT_BAD_ROWS]]}
+    noticed = notices(tables.pairs, tables.responses, tokenizer.all_special_tokens)
+    tell(noticed, inputs.unused)
     counts = {**tables.counts, **supervised.counts, "vocabulary_size": len(tokenizer), "skipped_rows": skipped}
+    counts |= noticed | {"unused_columns": inputs.unused}
     return _Prepared(supervised, tables, tokenizer, counts)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from pipeline.engine.rows import Row
 from pipeline.model.opening import open_model
-from pipeline.model.proof import made_up_ids
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 133, 41
 # Nats per token that a right engine may be off by. A wrong position, head or scale is off by nats on random tokens.
@@ -36,6 +35,8 @@ class Probe(NamedTuple):
 
 def probe_rows(vocabulary: int, longest: int) -> list[Row]:
     """Rows of at most `longest` tokens, at least 2, with ids below `vocabulary`; the same for the same arguments."""
+    from pipeline.model.proof import made_up_ids  # torch, which a stage that starts no engine does without
+
     response_tokens = max(1, min(RESPONSE_TOKENS, longest // 2))
     ids = made_up_ids(vocabulary, PROMPT_TOKENS + 2 * RESPONSE_TOKENS)
     prompt = ids[: max(1, min(PROMPT_TOKENS, longest - response_tokens))]

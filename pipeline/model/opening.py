@@ -30,6 +30,8 @@ def open_config(
     """config.json of a folder or hub id, with the architecture's defaults. Raises RequestError as `open_model`."""
     from transformers import AutoConfig
 
+    if isinstance(source, Path) and not source.is_dir():
+        raise RequestError(f"{source} does not exist. {_REMEDY}")
     refuse_adapter(source)
     with translated(source):
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)

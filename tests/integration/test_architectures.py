@@ -126,7 +126,7 @@ def test_scored_trained_and_sketched_as_transformers_computes_it(architecture, p
         model=ModelParams(name=str(start)),
     )
     (tmp_path / "pairs").symlink_to(pairs)
-    engine = ScoreParams(enforce_eager=True, drift_sample=4)
+    engine = ScoreParams(enforce_eager=True, drift_sample=4, max_num_seqs=8, max_num_batched_tokens=256)
     paths = {"pairs": pairs, "model": tmp_path / "model", "out": tmp_path / "logps", "metrics": tmp_path / "s.json"}
     score_responses(**paths, params=engine, trainer_dtype="float32")
     assert max(differences(start, pairs, open_reference(tmp_path / "logps", expect=None))) < 1e-4

@@ -231,5 +231,5 @@ def test_what_a_rank_refuses_is_the_stages_refusal(project):
     rank = object.__new__(sketch_ranks._Rank)
     rank.pipe, theirs = multiprocessing.Pipe()
     sketch_ranks._work(theirs, sketch_ranks.RankJob(project / "absent", PARAMS, "last_block", False), 0)
-    with pytest.raises(RequestError, match="can't be loaded as a transformers model"):
+    with pytest.raises(RequestError, match=r"absent does not exist\. Expected is a transformers folder"):
         rank.answer()
