@@ -11,9 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cache import open_reference, open_sketches
-from pipeline.data.tables import read_responses
+from pipeline.data.tables import read_pairs, read_responses
 from pipeline.errors import RequestError, RunFailed
-from pipeline.params import ModelParams, ScoreParams, SftParams, SketchParams
+from pipeline.evaluation.evaluation import evaluate_policy
+from pipeline.params import EvaluateParams, ModelParams, ScoreParams, SftParams, SketchParams
 from pipeline.reference.scoring import score_responses
 from pipeline.reference.sketching import sketch_responses
 from pipeline.runs.sft import fine_tune
@@ -62,6 +63,8 @@ OWN = {
     "smollm3": {},
 }
 
+# An engine more: those whose training differs most from the others'.
+EVALUATED = {"gemma2", "qwen3_moe", "opt"}
 # What the last block has that gradients by response can't be taken of, so that AuxDPO is refused.
 UNSKETCHED = {
     "qwen3_moe": "Qwen3MoeExperts",
@@ -105,6 +108,24 @@ def differences(model, pairs, cached) -> list[float]:
     return found
 
 
+def response_sums(model, pairs) -> dict[bytes, float]:
+    """Summed log-probs of all responses by transformers' eager attention."""
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
+    found = {}
+    for key, prompt, response in read_responses(pairs).select("response_key", "prompt_ids", "response_ids").iter_rows():
+        with torch.inference_mode():
+            logps = plain(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        found[key] = float(logps.gather(1, torch.tensor(response)[:, None]).sum())
+    return found
+
+
+def expected_margin(root, pairs, policy) -> float:
+    """Mean implicit reward margin of the held-out pairs, in nats."""
+    ours, theirs = response_sums(policy, pairs), response_sums(root / "model", pairs)
+    test = read_pairs(pairs, "test").select("chosen_key", "rejected_key").rows()
+    return sum((ours[a] - theirs[a]) - (ours[b] - theirs[b]) for a, b in test) / len(test)
+
+
 def norms(root, pairs, mode: str) -> dict[bytes, float]:
     out = root / mode
     sketch = SketchParams(mode=mode, k=64, audit=64)
@@ -133,7 +154,21 @@ def test_scored_trained_and_sketched_as_transformers_computes_it(architecture, p
     settings = {"epochs": 1.0, "batch_size": 8, "micro_batch_size": 8, "warmup_share": 0.0}
     done = nursery.train(tmp_path, tmp_path / "trained", **settings)
     assert done.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert outputs(tmp_path / "trained")["out"].exists()
+    policy = outputs(tmp_path / "trained")["out"]
+    if architecture in EVALUATED:
+        measured = evaluate_policy(
+            variant="dpo",
+            seed=0,
+            pairs=pairs,
+            reference_model=tmp_path / "model",
+            policy=policy,
+            reference=tmp_path / "logps",
+            metrics=tmp_path / "evaluate.json",
+            params=EvaluateParams(prompts=0),
+            engine=engine,
+            beta=1.0,
+        )
+        assert measured["rewards/margins"] == pytest.approx(expected_margin(tmp_path, pairs, policy), abs=1e-3)
     if architecture in UNSKETCHED:
         with pytest.raises((RequestError, RunFailed), match=UNSKETCHED[architecture]):
             norms(tmp_path, pairs, "exact")
