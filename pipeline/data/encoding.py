@@ -5,14 +5,16 @@ response is what the second adds to the first. Without: plain text and an end-of
 ends with its end-of-turn token, then both are cut to the limits. docs/data.md states the rules.
 """
 
+import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import date
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pipeline.data.dialogues import Message, Prompt
+from pipeline.data.dialogues import Answer, Message, Prompt, text_of
 from pipeline.data.shortening import shortened
 from pipeline.errors import RequestError
 from pipeline.progress import progress_bar
@@ -81,19 +83,19 @@ class Encoder:
         self._marks_beginnings = _marks_beginnings(tokenizer)
         self._blank: dict[int, bool] = {}
 
-    def encode(self, examples: Sequence[tuple[Prompt, str]], label: str = "rows") -> list[Encoded | Unusable]:
+    def encode(self, examples: Sequence[tuple[Prompt, Answer]], label: str = "rows") -> list[Encoded | Unusable]:
         """One result per (prompt, response), in order; equal texts are worked on once."""
         distinct = list(dict.fromkeys(examples))
         starts = self._starts(list(dict.fromkeys(prompt for prompt, _ in distinct)), label)
-        results: dict[tuple[Prompt, str], Encoded | Unusable] = {}
-        texts: dict[tuple[Prompt, str], tuple[_Start, str]] = {}
+        results: dict[tuple[Prompt, Answer], Encoded | Unusable] = {}
+        texts: dict[tuple[Prompt, Answer], tuple[_Start, str]] = {}
         for example in distinct:
             start = starts[example[0]]
             if isinstance(start, Unusable):
                 results[example] = start
                 continue
             try:
-                texts[example] = start, self._added(start, example[1]) if self._chat else example[1]
+                texts[example] = start, self._added(start, example[1]) if self._chat else text_of(example[1])
             except _Refused as error:
                 results[example] = Unusable(str(error))
         for example, ids in self._responses(texts, label).items():
@@ -115,7 +117,10 @@ class Encoder:
             found = ids[text]
             if self._adds_eos:
                 found = found[:-1]  # the answer follows here; the sequence is not over
-            starts[prompt] = self._within_limits(_Start(prompt, text, found, found))
+            try:
+                starts[prompt] = self._within_limits(_Start(prompt, text, found, found))
+            except _Refused as error:
+                starts[prompt] = Unusable(f"shortened to prepare.max_prompt_tokens: {error}")
         return starts
 
     def _within_limits(self, start: _Start) -> "_Start | Unusable":
@@ -154,11 +159,37 @@ class Encoder:
         """The text before a response; of a chat without a block of thoughts that its generation prompt ends with."""
         if not self._chat:
             return _plain(prompt)
-        return _THINK.sub("", self._template(prompt, add_generation_prompt=True))
+        text = self._template(prompt, add_generation_prompt=True)
+        self._require_all_turns(prompt, text)
+        return _THINK.sub("", text)
 
-    def _added(self, start: _Start, response: str) -> str:
+    def _require_all_turns(self, prompt: Prompt, text: str) -> None:
+        """_Refused for a turn of which the template renders nothing, as of a role that it does not know."""
+        for number, message in enumerate(prompt):
+            assert isinstance(message, Message)
+            said = message.content.strip()
+            if said and said not in text:
+                silent = (*prompt[:number], message._replace(content=""), *prompt[number + 1 :])
+                if self._template(silent, add_generation_prompt=True) == text:
+                    raise _Refused(
+                        f"the chat template renders nothing of turn {number + 1}, whose role is {message.role!r}; it "
+                        f"renders {', '.join(self._known_roles())}"
+                    )
+
+    def _known_roles(self) -> list[str]:
+        """The usual roles of which the template renders what is said."""
+        found = []
+        for role in ("system", "user", "assistant", "tool", "developer", "function"):
+            asked = (Message("user", "one"), Message(role, "two")) if role != "system" else (Message(role, "two"),)
+            with suppress(_Refused):
+                if "two" in self._template(asked, add_generation_prompt=False):
+                    found.append(role)
+        return found
+
+    def _added(self, start: _Start, response: Answer) -> str:
         """What the whole dialogue adds to its prompt. Raises _Refused where it does not begin with it."""
-        whole = self._template((*start.prompt, Message("assistant", response)), add_generation_prompt=False)
+        last = Message("assistant", response) if isinstance(response, str) else response
+        whole = self._template((*start.prompt, last), add_generation_prompt=False)
         if not whole.startswith(start.text):
             common = next((i for i, (a, b) in enumerate(zip(start.text, whole, strict=False)) if a != b), len(whole))
             raise _Refused(
@@ -170,8 +201,8 @@ class Encoder:
         return whole[len(start.text) :]
 
     def _responses(
-        self, texts: dict[tuple[Prompt, str], tuple[_Start, str]], label: str
-    ) -> dict[tuple[Prompt, str], "np.ndarray | Unusable"]:
+        self, texts: dict[tuple[Prompt, Answer], tuple[_Start, str]], label: str
+    ) -> dict[tuple[Prompt, Answer], "np.ndarray | Unusable"]:
         """The ids of each text after its prompt."""
         what = f"{label}: responses"
         if not self._marks_beginnings:
@@ -205,15 +236,15 @@ class Encoder:
 
         try:
             text: str = self._tokenizer.apply_chat_template(
-                [message._asdict() for message in messages],
+                [message.for_template() for message in messages],
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                strftime_now=TEMPLATE_DATE.strftime,
+                **{"strftime_now": TEMPLATE_DATE.strftime} | _context(messages),
             )
             return text
         except TemplateSyntaxError as error:
             raise RequestError(f"prepare.chat_template: the template is not valid jinja: {error}") from None
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise _Refused(f"the chat template refuses the dialogue: {error}") from None
 
     def _tokenise(self, texts: Iterable[str], label: str, *, special: bool) -> dict[str, np.ndarray]:
@@ -264,6 +295,13 @@ class Encoder:
         if token not in self._blank:
             self._blank[token] = not self._tokenizer.decode([token]).strip()
         return self._blank[token]
+
+
+def _context(messages: Sequence[Message]) -> dict[str, Any]:
+    """What the dialogue's row gives the template beside messages."""
+    found: dict[str, Any] = json.loads(messages[0].context) if messages and messages[0].context else {}
+    own: dict[str, Any] = found.pop("chat_template_kwargs", {})
+    return own | found
 
 
 def _plain(prompt: Prompt) -> str:

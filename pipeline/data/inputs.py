@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pipeline.data.demo import demo_rows, demo_sft_rows
 from pipeline.data.dialogues import readable
 from pipeline.data.files import BadRow, Row, find_files, read_file
-from pipeline.data.preferences import Preference, SupervisedExample, parse_preferences, parse_supervised
+from pipeline.data.preferences import CONTEXT, Preference, SupervisedExample, parse_preferences, parse_supervised
 from pipeline.data.sources import read_dataset
 from pipeline.data.splitting import is_selected, side_of
 from pipeline.params import ColumnNames, PrepareParams
@@ -27,7 +27,7 @@ def read_inputs(params: PrepareParams, *, chat: bool) -> Inputs:
     bad: list[BadRow] = []
     unused: set[str] = set()
     columns = ColumnNames() if params.source == "demo" else params.columns
-    sources, test_sources = _sources(params, unused)
+    sources, test_sources = _sources(params, unused, chat=chat)
     parsed = {name: list(_preferences(rows, columns, bad, chat=chat)) for name, rows in sources}
     preferences = list(chain.from_iterable(parsed.values()))
     test = None
@@ -52,10 +52,10 @@ def _noting(rows: Iterator[Row | BadRow], used: set[str], unused: set[str]) -> I
         yield row
 
 
-def _sources(params: PrepareParams, unused: set[str]) -> tuple[list[Source], list[Source]]:
+def _sources(params: PrepareParams, unused: set[str], *, chat: bool) -> tuple[list[Source], list[Source]]:
     """(name, rows) of every source of pairs, and of every source of test pairs (none: split by prompt)."""
     pairs, test = _named_rows(params)
-    used = set(params.columns.model_dump(exclude={"completion"}).values())
+    used = set(params.columns.model_dump(exclude={"completion"}).values()) | set(CONTEXT if chat else ())
     if params.source == "demo":
         return pairs, test
     noted = [[(name, _noting(rows, used, unused)) for name, rows in sources] for sources in (pairs, test)]
@@ -117,7 +117,7 @@ def _chosen_responses(
 ) -> list[SupervisedExample]:
     """The distinct chosen responses of a share of the training prompts, in input order."""
     test_texts = {readable(preference.prompt) for preference in test or ()}
-    found: dict[tuple[object, str], SupervisedExample] = {}
+    found: dict[tuple[object, object], SupervisedExample] = {}
     for preference in preferences:
         text = readable(preference.prompt)
         if test is None:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from cache.keys import prompt_key, response_key
-from pipeline.data.dialogues import readable
+from pipeline.data.dialogues import readable, text_of
 from pipeline.data.encoding import Encoded, Encoder, Unusable
 from pipeline.data.files import BadRow
 from pipeline.data.preferences import Preference, SupervisedExample
@@ -122,8 +122,8 @@ def _responses(pairs: Iterable[_Pair]) -> list[dict[str, Any]]:
     for pair in pairs:
         p = pair.preference
         for key, encoded, text, reward in (
-            (pair.chosen_key, pair.chosen, p.chosen, p.chosen_reward),
-            (pair.rejected_key, pair.rejected, p.rejected, p.rejected_reward),
+            (pair.chosen_key, pair.chosen, text_of(p.chosen), p.chosen_reward),
+            (pair.rejected_key, pair.rejected, text_of(p.rejected), p.rejected_reward),
         ):
             row = found.setdefault(
                 key,
@@ -178,8 +178,8 @@ def _pairs_table(pairs: list[_Pair]) -> pa.Table:
         "rejected_key": [pair.rejected_key for pair in pairs],
         "category": [p.category for p in preferences],
         "prompt_text": [readable(p.prompt) for p in preferences],
-        "chosen_text": [p.chosen for p in preferences],
-        "rejected_text": [p.rejected for p in preferences],
+        "chosen_text": [text_of(p.chosen) for p in preferences],
+        "rejected_text": [text_of(p.rejected) for p in preferences],
         "chosen_reward": [p.chosen_reward for p in preferences],
         "rejected_reward": [p.rejected_reward for p in preferences],
         "source": [p.where for p in preferences],
@@ -207,7 +207,7 @@ def supervised_table(examples: Sequence[SupervisedExample], encoder: Encoder) ->
         "prompt_ids": _token_column([ids.prompt_ids for _, ids in usable]),
         "response_ids": _token_column([ids.response_ids for _, ids in usable]),
         "prompt_text": [readable(example.prompt) for example, _ in usable],
-        "response_text": [example.completion for example, _ in usable],
+        "response_text": [text_of(example.completion) for example, _ in usable],
     }
     counts = {
         "sft_rows": len(usable),

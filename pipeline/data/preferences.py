@@ -4,17 +4,20 @@ The form is found row by row: explicit prompt, messages, whole dialogues (as mes
 several chosen or rejected responses. See data/input/README.md for an example of each.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pipeline.data.dialogues import (
+    Answer,
     BadDialogue,
     Message,
     Prompt,
     is_empty,
     is_messages,
     is_plain_dialogue,
+    json_text,
     messages_of,
     plain_messages,
     split_messages,
@@ -25,12 +28,14 @@ from pipeline.data.files import BadRow, Row
 from pipeline.errors import RequestError
 from pipeline.params import ColumnNames
 
+CONTEXT = ("tools", "chat_template_kwargs")  # columns that reach the chat template as they are
+
 
 class Preference(NamedTuple):
     where: str
     prompt: Prompt
-    chosen: str
-    rejected: str
+    chosen: Answer
+    rejected: Answer
     category: str | None
     chosen_reward: float | None
     rejected_reward: float | None
@@ -39,7 +44,7 @@ class Preference(NamedTuple):
 class SupervisedExample(NamedTuple):
     where: str
     prompt: Prompt
-    completion: str
+    completion: Answer
 
 
 class _Bad(ValueError):
@@ -66,11 +71,12 @@ def parse_preferences(row: Row, columns: ColumnNames, *, chat: bool) -> Iterator
     for i, better in enumerate(chosen):
         for j, worse in enumerate(rejected):
             try:
-                parts = _pair(prompt, better, worse, chat=chat, where=row.where)
+                asked, good, bad = _pair(prompt, better, worse, chat=chat, where=row.where)
+                asked = _with_context(asked, values)
             except (_Bad, BadDialogue) as error:
                 yield BadRow(row.where, f"{_which(i, len(chosen), j, len(rejected))}{error}")
             else:
-                yield Preference(row.where, *parts, category, chosen_rewards[i], rejected_rewards[j])
+                yield Preference(row.where, asked, good, bad, category, chosen_rewards[i], rejected_rewards[j])
 
 
 def parse_supervised(row: Row, columns: ColumnNames, *, chat: bool) -> SupervisedExample | BadRow:
@@ -86,9 +92,23 @@ def parse_supervised(row: Row, columns: ColumnNames, *, chat: bool) -> Supervise
             head = _prompt(values, columns.prompt)
             prompt, completion = _split_whole(head, responses[0], columns.completion, chat=chat, where=row.where)
         _refuse_empty(prompt, completion, columns.completion)
+        prompt = _with_context(prompt, values)
     except (_Bad, BadDialogue) as error:
         return BadRow(row.where, str(error))
     return SupervisedExample(row.where, prompt, completion)
+
+
+def _with_context(prompt: Prompt, values: dict[str, Any]) -> Prompt:
+    """The prompt with what its row gives the chat template beside messages."""
+    context = {name: values[name] for name in CONTEXT if values.get(name)}
+    if isinstance(context.get("tools"), str):
+        try:
+            context["tools"] = json.loads(context["tools"])
+        except ValueError as error:
+            raise _Bad(f"tools is no JSON: {error}") from None
+    if not context or isinstance(prompt, str):
+        return prompt
+    return (prompt[0]._replace(context=json_text(context)), *prompt[1:])
 
 
 def _which(i: int, n_chosen: int, j: int, n_rejected: int) -> str:
@@ -148,7 +168,7 @@ def _reward(value: Any, column: str) -> float | None:
     return None if math.isnan(value) else float(value)  # tables without a null write NaN for "none"
 
 
-def _pair(prompt: Any, chosen: Any, rejected: Any, *, chat: bool, where: str) -> tuple[Prompt, str, str]:
+def _pair(prompt: Any, chosen: Any, rejected: Any, *, chat: bool, where: str) -> tuple[Prompt, Answer, Answer]:
     chosen_prompt, chosen_text = _split_whole(prompt, chosen, "chosen", chat=chat, where=where)
     rejected_prompt, rejected_text = _split_whole(prompt, rejected, "rejected", chat=chat, where=where)
     if chosen_prompt != rejected_prompt:
@@ -162,14 +182,14 @@ def _pair(prompt: Any, chosen: Any, rejected: Any, *, chat: bool, where: str) ->
     return chosen_prompt, chosen_text, rejected_text
 
 
-def _refuse_empty(prompt: Prompt, response: str, column: str) -> None:
+def _refuse_empty(prompt: Prompt, response: Answer, column: str) -> None:
     if is_empty(prompt):
         raise _Bad("the prompt is empty")
-    if not response.strip():
+    if isinstance(response, str) and not response.strip():
         raise _Bad(f"{column} is empty")
 
 
-def _split_whole(prompt: Any, response: Any, column: str, *, chat: bool, where: str) -> tuple[Prompt, str]:
+def _split_whole(prompt: Any, response: Any, column: str, *, chat: bool, where: str) -> tuple[Prompt, Answer]:
     """(canonical prompt, response text) of one response, whether it stands alone or holds the whole dialogue."""
     if isinstance(prompt, list) or isinstance(response, list):
         if not chat:

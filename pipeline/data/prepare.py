@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.data.dialogues import readable
+from pipeline.data.dialogues import readable, text_of
 from pipeline.data.encoding import Encoder, Limits
 from pipeline.data.files import BadRow
 from pipeline.data.inputs import Inputs, read_inputs
@@ -98,7 +98,7 @@ def _trained(inputs: Inputs, model: ModelParams, on_bad_row: str, params: Prepar
             "model.scratch trains its tokenizer on the sft rows, and there are none; choose a prepare.sft.source "
             "(files, pairs or demo), or give model.name."
         )
-    texts = (text for example in inputs.supervised for text in (readable(example.prompt), example.completion))
+    texts = (text for example in inputs.supervised for text in (readable(example.prompt), text_of(example.completion)))
     return train_tokenizer(texts, model.scratch.vocabulary_size)
 
 

@@ -16,8 +16,10 @@ def shortened(prompt: tuple[Message, ...], fits: Callable[[tuple[Message, ...]],
     system, turns = prompt[:count], prompt[count:]
     for first in [0, *(i for i, turn in enumerate(turns) if i and turn.role == "user")]:
         kept = turns[first:]
-        if kept and fits((*system, kept[0]._replace(content=""), *kept[1:])):
-            return _cut_least(system, kept, fits)
+        empty = (*system, kept[0]._replace(content=""), *kept[1:]) if kept else ()
+        if empty and fits((empty[0]._replace(context=prompt[0].context), *empty[1:])):
+            found = _cut_least(system, kept, fits)
+            return (found[0]._replace(context=prompt[0].context), *found[1:])
     return None
 
 

@@ -77,7 +77,7 @@ def test_text_dialogues_of_several_turns_keep_their_white_space_without_a_chat_t
     pair = only({"chosen": head + " 4", "rejected": head + " 5"}, chat=False)
     assert (pair.prompt, pair.chosen, pair.rejected) == (head, " 4", " 5")
     chat = only({"chosen": head + " 4", "rejected": head + " 5"})
-    assert [tuple(turn) for turn in chat.prompt] == [("user", "Hi"), ("assistant", "Hello\nyou"), ("user", "2+2?")]
+    assert [turn[:2] for turn in chat.prompt] == [("user", "Hi"), ("assistant", "Hello\nyou"), ("user", "2+2?")]
 
 
 def test_plain_text_stays_plain_without_a_chat_template():
@@ -158,7 +158,7 @@ HEAD = "\n\nHuman: 2+2?\n\nAssistant:"
         (GOOD | {"category": ["a"]}, "category is list, expected text"),
         (GOOD | {"chosen": [{"role": "assistant"}]}, "message 0 of chosen needs the texts role and content"),
         (GOOD | {"chosen": [{"role": "assistant", "content": None}]}, "found {role: str, content: NoneType}"),
-        (GOOD | {"chosen": [{"from": "gpt", "value": "4"}]}, "found {from: str, value: str}"),
+        (GOOD | {"chosen": [{"speaker": "gpt", "value": "4"}]}, "found {speaker: str, value: str}"),
         (GOOD | {"chosen": [assistant("4"), user("Thanks")]}, "must end with the assistant's turn"),
         (GOOD | {"chosen": [user("3+3?"), assistant("4")]}, "does not contain the prompt"),
         ({"chosen": [assistant("4")], "rejected": [assistant("5")]}, "no turn before the answer"),
