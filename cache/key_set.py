@@ -28,6 +28,8 @@ def key_array(keys: Keys) -> KeyArray:
     Single items of such an array may be among them: numpy hands them out without the zeros at their end.
     """
     if isinstance(keys, np.ndarray):
+        if keys.dtype.itemsize > KEY_BYTES:
+            raise ValueError(f"keys have {KEY_BYTES} bytes; these are of dtype {keys.dtype}, {keys.dtype.itemsize}")
         array: KeyArray = keys.view(KEY) if keys.dtype == WHOLE_KEY else keys.astype(KEY, copy=False)
         return array
     column: Any = keys.to_arrow() if isinstance(keys, pl.Series) else keys
@@ -91,7 +93,10 @@ class KeySet:
             yield from key_bytes(self.array[start : start + ITERATED])
 
     def __contains__(self, key: bytes) -> bool:
-        return bool(self.positions(np.array([key], KEY))[0] >= 0)
+        try:
+            return bool(self.positions(key_array([key]))[0] >= 0)
+        except pa.ArrowInvalid:  # of another length, so no key
+            return False
 
     def __or__(self, other: "KeySet") -> "KeySet":
         return KeySet(np.concatenate([self.array, other.array]))

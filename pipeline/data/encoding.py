@@ -80,6 +80,7 @@ class Encoder:
         self._limits = limits
         self._ends = _end_tokens(tokenizer)
         self._adds_eos = not chat and _adds_eos(tokenizer)
+        self._opening = 0 if chat else _opening(tokenizer)
         self._marks_beginnings = _marks_beginnings(tokenizer)
         self._blank: dict[int, bool] = {}
 
@@ -133,7 +134,9 @@ class Encoder:
         if self._limits.long_prompts == "drop":
             return Unusable(f"the prompt has {len(start.ids)} tokens, more than {most}", prompt_too_long=True)
         if not self._chat:
-            opening = self._opening(start.ids)
+            opening = start.ids[: self._opening]
+            if len(opening) >= most:
+                return Unusable(f"the tokenizer opens a text with {len(opening)} tokens already", prompt_too_long=True)
             end = start.ids[len(start.ids) - most + len(opening) :]
             return start._replace(ids=np.append(opening, end), shortened=True)
         assert not isinstance(start.prompt, str)
@@ -148,12 +151,6 @@ class Encoder:
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         found = np.asarray(ids, np.int32)
         return _Start(messages, text, found, found)
-
-    def _opening(self, ids: np.ndarray) -> np.ndarray:
-        """The special tokens that the tokenizer puts before every text."""
-        special = set(self._tokenizer.all_special_ids)
-        count = next((i for i, token in enumerate(ids.tolist()) if token not in special), 0)
-        return ids[: min(count, self._limits.max_prompt_tokens - 1)]
 
     def _start_text(self, prompt: Prompt) -> str:
         """The text before a response; of a chat without a block of thoughts that its generation prompt ends with."""
@@ -209,6 +206,8 @@ class Encoder:
             alone = self._tokenise((text for _, text in texts.values()), what, special=False)
             return {example: alone[text] for example, (_, text) in texts.items()}
         wholes = self._tokenise((start.text + text for start, text in texts.values()), what, special=not self._chat)
+        if self._adds_eos:  # its own goes, as from the prompts; the response is closed later
+            wholes = {text: ids[:-1] for text, ids in wholes.items()}
         return {
             example: self._after(start, text, wholes[start.text + text]) for example, (start, text) in texts.items()
         }
@@ -320,6 +319,12 @@ def _end_tokens(tokenizer: Any) -> frozenset[int]:
 def _adds_eos(tokenizer: Any) -> bool:
     ids = tokenizer("a", verbose=False)["input_ids"]
     return len(ids) > 0 and ids[-1] == tokenizer.eos_token_id
+
+
+def _opening(tokenizer: Any) -> int:
+    """How many special tokens the tokenizer puts before every text by itself."""
+    alone, framed = (tokenizer("a", add_special_tokens=s, verbose=False)["input_ids"] for s in (False, True))
+    return next((i for i in range(len(framed)) if framed[i : i + len(alone)] == alone), 0)
 
 
 def _marks_beginnings(tokenizer: Any) -> bool:

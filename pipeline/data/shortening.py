@@ -4,15 +4,17 @@ from collections.abc import Callable
 
 from pipeline.data.dialogues import Message
 
+_INSTRUCTIONS = ("system", "developer")
+
 
 def shortened(prompt: tuple[Message, ...], fits: Callable[[tuple[Message, ...]], bool]) -> tuple[Message, ...] | None:
     """The longest end of `prompt` that fits; None where not even the last user turn fits without its content.
 
-    System turns at the beginning stay. Turns go from the oldest on, from one user turn to the next, so that what is
-    kept begins with a user's; of the first that is kept, the content loses characters at its beginning. fits: whether
-    a prompt is short enough once rendered.
+    System and developer turns at the beginning stay. Turns go from the oldest on, from one user turn to the next, so that
+    what is kept begins with a user's; of the first that is kept, the content loses characters at its beginning. fits:
+    whether a prompt is short enough once rendered.
     """
-    count = next((i for i, message in enumerate(prompt) if message.role != "system"), len(prompt))
+    count = next((i for i, message in enumerate(prompt) if message.role not in _INSTRUCTIONS), len(prompt))
     system, turns = prompt[:count], prompt[count:]
     for first in [0, *(i for i, turn in enumerate(turns) if i and turn.role == "user")]:
         kept = turns[first:]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -25,6 +25,14 @@ _yaml = YAML(typ="safe", pure=True)
 class SweepParams(Section):
     variants: list[str] = Field(min_length=1)
     seeds: list[NonNegative] = Field(min_length=1)
+
+    @field_validator("variants", "seeds")
+    @classmethod
+    def no_cell_twice(cls, values: list[Any]) -> list[Any]:
+        repeated = sorted({value for value in values if values.count(value) > 1})
+        if repeated:
+            raise ValueError(f"{repeated} stand there more than once, so that several cells would be one")
+        return values
 
 
 class Params(Section):

@@ -31,6 +31,15 @@ def test_keys_survive_the_array_in_order_and_with_trailing_zeros(given_keys):
     assert [bytes(key) for key in whole_keys(array)] == given_keys
 
 
+def test_what_has_not_16_bytes_is_no_key():
+    key = b"k" * 12 + bytes(4)
+    assert key in KeySet([key])
+    assert key[:12] not in KeySet([key]) and key + b"zz" not in KeySet([key])
+    for wrong in ([b"x" * 20], [b"x" * 12], np.array([b"x" * 20])):
+        with pytest.raises(ValueError):
+            key_array(wrong)
+
+
 @given(keys, keys)
 @settings(max_examples=40)
 def test_a_key_set_is_a_sorted_set(one, other):

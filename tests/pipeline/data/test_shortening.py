@@ -63,8 +63,22 @@ def test_a_prompt_whose_frame_alone_is_too_long_is_dropped():
     assert isinstance(found, Unusable) and found.prompt_too_long and "also without its contents" in found.reason
 
 
+def test_a_developers_turn_stays_as_a_systems_does():
+    developer = Message("developer", "Be brief.")
+    assert shortened((developer, FIRST, SAID, LAST), fits(28)) == (developer, LAST)
+
+
+def test_plain_text_without_room_behind_its_opening_is_dropped():
+    limits = Limits(max_tokens=20, max_prompt_tokens=1, long_prompts="truncate_left")
+    (found,) = Encoder(chat_tokenizers.plain_that_frames_prompts(), chat=False, limits=limits).encode([("12", "9")])
+    assert isinstance(found, Unusable) and found.prompt_too_long
+
+
 def test_plain_text_keeps_what_the_tokenizer_opens_with():
     tokenizer = chat_tokenizers.plain_that_frames_prompts()
     limits = Limits(max_tokens=20, max_prompt_tokens=5, long_prompts="truncate_left")
     (cut,) = Encoder(tokenizer, chat=False, limits=limits).encode([("12345678", "9")])
     assert tokenizer.decode(cut.prompt_ids) == "<s>5678" and cut.prompt_truncated
+    own = "<s><s><s>78"  # special tokens of the text itself are no opening
+    (cut,) = Encoder(tokenizer, chat=False, limits=limits).encode([(own + "9" * 4, "9")])
+    assert tokenizer.decode(cut.prompt_ids) == "<s>9999"

@@ -5,7 +5,7 @@ is trained with and generates: transformers' encoding of the whole dialogue behi
 """
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.data.dialogues import Message
@@ -103,6 +103,18 @@ def test_a_plain_response_goes_on_where_its_prompt_ends():
         (encoded,) = Encoder(tokenizer, chat=False, limits=LIMITS).encode([("It is", response)])
         assert encoded.prompt_ids.tolist() == own
         assert tokenizer.decode([*own, *encoded.response_ids.tolist()[:-1]]) == text
+
+
+def test_a_response_is_closed_once_where_the_tokenizer_adds_eos_itself():
+    tokenizer = sentencepiece("first")
+    ids = tokenizer.convert_tokens_to_ids
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", ids("<s>")), ("</s>", ids("</s>"))]
+    )
+    for response in (" four", " four</s>"):
+        (encoded,) = Encoder(tokenizer, chat=False, limits=LIMITS).encode([("It is", response)])
+        assert encoded.prompt_ids[0] == ids("<s>") and ids("</s>") not in encoded.prompt_ids
+        assert encoded.response_ids.tolist().count(ids("</s>")) == 1 and encoded.response_ids[-1] == ids("</s>")
 
 
 def test_byte_level_tokenizers_keep_the_ids_of_both_parts_alone():

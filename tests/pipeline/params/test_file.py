@@ -33,6 +33,8 @@ def test_set_overrides_one_value_and_reads_yaml():
         ("train.variants={dpo_b0.2: {objective: dpo}}", ["'dpo_b0.2'", "letters, digits and underscores"]),
         ("train.variants={dpo-1: {objective: dpo}}", ["'dpo-1'", "letters, digits and underscores"]),
         ("train.variants={dpo: {objective: dpo}, DPO: {objective: dpo}}", ["'dpo' and 'DPO'", "one folder"]),
+        ("sweep.variants=[dpo, dpo]", ["sweep.variants", "['dpo'] stand there more than once"]),
+        ("sweep.seeds=[0, 1, 0]", ["sweep.seeds", "[0] stand there more than once"]),
         ("train.variants.dpo.mixture=0.5", ["train.variants.dpo", "mixture", "unknown key"]),
         ("train.variants.bdpo.mixture=1.0", ["train.variants.bdpo", "mixture", "must lie in (0, 1), found 1"]),
         ("train.variants.bdpo.beta=.inf", ["train.variants.bdpo", "beta", "finite", "inf"]),
