@@ -10,9 +10,9 @@ _INSTRUCTIONS = ("system", "developer")
 def shortened(prompt: tuple[Message, ...], fits: Callable[[tuple[Message, ...]], bool]) -> tuple[Message, ...] | None:
     """The longest end of `prompt` that fits; None where not even the last user turn fits without its content.
 
-    System and developer turns at the beginning stay. Turns go from the oldest on, from one user turn to the next, so that
-    what is kept begins with a user's; of the first that is kept, the content loses characters at its beginning. fits:
-    whether a prompt is short enough once rendered.
+    System and developer turns at the beginning stay. Turns go from the oldest on, from one user turn to the next, so
+    that what is kept begins with a user's; of the first that is kept, the content loses characters at its beginning.
+    fits: whether a prompt is short enough once rendered.
     """
     count = next((i for i, message in enumerate(prompt) if message.role not in _INSTRUCTIONS), len(prompt))
     system, turns = prompt[:count], prompt[count:]
