@@ -8,18 +8,8 @@ from pipeline.errors import RequestError
 from pipeline.params import Lora, LoraShape
 from pipeline.trainable.selection import select_trainable
 from pipeline.trainable.targets import count_adapted
+from tests.pipeline.forward.test_logps import TINY as SHAPE
 
-SHAPE = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 OWN = {
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16},
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
