@@ -22,7 +22,8 @@ ARROWS = {
     "model": "params",
     "trainable": "params model",
     "forward": "params model",
-    "data": "params model.tokenizer",
+    "published": "params",
+    "data": "params model.tokenizer published",
     "sketches": "params model trainable forward",
     "auxdpo": "params objectives model trainable forward data",
     "engine": "params model forward sketches",
@@ -35,7 +36,8 @@ ARROWS = {
 }
 OPEN = {"errors", "files", "progress", "workspace"}  # modules of pipeline/ itself, for every room
 ENGINES = {"vllm": "pipeline/engine/vllm_engine.py", "deepspeed": "pipeline/training/deepspeed_engine.py"}
-ENGINE_FREE = ["params", "objectives", "report", "model", "trainable", "forward", "data", "sketches", "auxdpo"]
+ENGINE_FREE = ["params", "objectives", "report", "model", "trainable", "forward", "published", "data"]
+ENGINE_FREE += ["sketches", "auxdpo"]
 TORCH_FREE = ["cache", "pipeline.params", "pipeline.report", "pipeline.upkeep.inspection", "pipeline.upkeep.garbage"]
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import NamedTuple, TypeVar
 
-from pipeline.data.files import Row
 from pipeline.data.splitting import share_of
 from pipeline.errors import RequestError
 from pipeline.params import DemoParams
+from pipeline.published.files import Row
 
 MIN_REWARD, MAX_REWARD = -1.0, 3.0
 MAX_PAIRS_PER_PROMPT = 6

@@ -17,9 +17,8 @@ import numpy as np
 from pipeline.data.dialogues import Answer, Message, Prompt, text_of
 from pipeline.data.shortening import shortened
 from pipeline.errors import RequestError
-from pipeline.progress import progress_bar
 
-BATCH_TEXTS = 2000  # texts handed to the tokenizer at once: enough for all cores, little enough for a moving bar
+BATCH_TEXTS = 2000  # texts handed to the tokenizer at once: enough for all cores, few enough for memory
 
 # Some templates (Llama 3.2) print today's date. Keys are made of token ids, so tomorrow every cached value would be
 # void; this is the date that Llama's own template falls back to.
@@ -84,10 +83,10 @@ class Encoder:
         self._marks_beginnings = _marks_beginnings(tokenizer)
         self._blank: dict[int, bool] = {}
 
-    def encode(self, examples: Sequence[tuple[Prompt, Answer]], label: str = "rows") -> list[Encoded | Unusable]:
+    def encode(self, examples: Sequence[tuple[Prompt, Answer]]) -> list[Encoded | Unusable]:
         """One result per (prompt, response), in order; equal texts are worked on once."""
         distinct = list(dict.fromkeys(examples))
-        starts = self._starts(list(dict.fromkeys(prompt for prompt, _ in distinct)), label)
+        starts = self._starts(list(dict.fromkeys(prompt for prompt, _ in distinct)))
         results: dict[tuple[Prompt, Answer], Encoded | Unusable] = {}
         texts: dict[tuple[Prompt, Answer], tuple[_Start, str]] = {}
         for example in distinct:
@@ -99,12 +98,12 @@ class Encoder:
                 texts[example] = start, self._added(start, example[1]) if self._chat else text_of(example[1])
             except _Refused as error:
                 results[example] = Unusable(str(error))
-        for example, ids in self._responses(texts, label).items():
+        for example, ids in self._responses(texts).items():
             start = texts[example][0]
             results[example] = ids if isinstance(ids, Unusable) else self._finish(start, ids)
         return [results[example] for example in examples]
 
-    def _starts(self, prompts: Sequence[Prompt], label: str) -> dict[Prompt, "_Start | Unusable"]:
+    def _starts(self, prompts: Sequence[Prompt]) -> dict[Prompt, "_Start | Unusable"]:
         """Every prompt as it goes before its responses, the same for all of them; or why it can't."""
         starts: dict[Prompt, _Start | Unusable] = {}
         texts: dict[Prompt, str] = {}
@@ -113,7 +112,7 @@ class Encoder:
                 texts[prompt] = self._start_text(prompt)
             except _Refused as error:
                 starts[prompt] = Unusable(str(error))
-        ids = self._tokenise(texts.values(), f"{label}: prompts", special=not self._chat)
+        ids = self._tokenise(texts.values(), special=not self._chat)
         for prompt, text in texts.items():
             found = ids[text]
             if self._adds_eos:
@@ -198,14 +197,13 @@ class Encoder:
         return whole[len(start.text) :]
 
     def _responses(
-        self, texts: dict[tuple[Prompt, Answer], tuple[_Start, str]], label: str
+        self, texts: dict[tuple[Prompt, Answer], tuple[_Start, str]]
     ) -> dict[tuple[Prompt, Answer], "np.ndarray | Unusable"]:
         """The ids of each text after its prompt."""
-        what = f"{label}: responses"
         if not self._marks_beginnings:
-            alone = self._tokenise((text for _, text in texts.values()), what, special=False)
+            alone = self._tokenise((text for _, text in texts.values()), special=False)
             return {example: alone[text] for example, (_, text) in texts.items()}
-        wholes = self._tokenise((start.text + text for start, text in texts.values()), what, special=not self._chat)
+        wholes = self._tokenise((start.text + text for start, text in texts.values()), special=not self._chat)
         if self._adds_eos:  # its own goes, as from the prompts; the response is closed later
             wholes = {text: ids[:-1] for text, ids in wholes.items()}
         return {
@@ -246,23 +244,21 @@ class Encoder:
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise _Refused(f"the chat template refuses the dialogue: {error}") from None
 
-    def _tokenise(self, texts: Iterable[str], label: str, *, special: bool) -> dict[str, np.ndarray]:
+    def _tokenise(self, texts: Iterable[str], *, special: bool) -> dict[str, np.ndarray]:
         """Token ids by text; special: with the special tokens that the tokenizer adds by itself."""
         distinct = list(dict.fromkeys(texts))
         ids: dict[str, np.ndarray] = {}
-        with progress_bar(f"tokenise {label}", len(distinct)) as advance:
-            for start in range(0, len(distinct), BATCH_TEXTS):
-                chunk = distinct[start : start + BATCH_TEXTS]
-                rows = self._tokenizer(
-                    chunk,
-                    add_special_tokens=special,
-                    return_attention_mask=False,
-                    return_token_type_ids=False,
-                    verbose=False,
-                )["input_ids"]
-                # At once: as Python lists, a large dataset's ids would take several times the memory.
-                ids.update((text, np.asarray(row, dtype=np.int32)) for text, row in zip(chunk, rows, strict=True))
-                advance(len(chunk))
+        for start in range(0, len(distinct), BATCH_TEXTS):
+            chunk = distinct[start : start + BATCH_TEXTS]
+            rows = self._tokenizer(
+                chunk,
+                add_special_tokens=special,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )["input_ids"]
+            # At once: as Python lists, a large dataset's ids would take several times the memory.
+            ids.update((text, np.asarray(row, dtype=np.int32)) for text, row in zip(chunk, rows, strict=True))
         return ids
 
     def _finish(self, start: _Start, response_ids: np.ndarray) -> Encoded | Unusable:

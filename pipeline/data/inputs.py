@@ -1,130 +1,138 @@
 """Everything that `prepare` reads, in canonical form: preferences of both sides and supervised examples."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.data.demo import demo_rows, demo_sft_rows
 from pipeline.data.dialogues import readable
-from pipeline.data.files import BadRow, Row, find_files, read_file
-from pipeline.data.preferences import CONTEXT, Preference, SupervisedExample, parse_preferences, parse_supervised
-from pipeline.data.sources import read_dataset
+from pipeline.data.preferences import Preference, SupervisedExample, parse_pair, parse_supervised
 from pipeline.data.splitting import is_selected, side_of
 from pipeline.params import ColumnNames, PrepareParams
+from pipeline.published.files import BadRow, Row, count_rows, find_files, read_file
+from pipeline.published.forms import PairForms
+from pipeline.published.rows import PairRow
+from pipeline.published.sources import Dataset
 
 
-class Inputs(NamedTuple):
-    preferences: list[Preference]  # in input order; to be split by prompt where `test` is None
-    test: list[Preference] | None
-    supervised: list[SupervisedExample]
-    bad: list[BadRow]
-    unused: list[str]  # columns that no row's meaning was taken from, sorted
+class Source(NamedTuple):
+    name: str
+    rows: Callable[[], Iterator[Row | BadRow]]
+    about: Callable[[], int]  # how many rows
 
 
-def read_inputs(params: PrepareParams, *, chat: bool) -> Inputs:
-    """Read and parse all rows, collecting bad ones. Raises RequestError for missing files, unknown splits, ..."""
-    bad: list[BadRow] = []
-    unused: set[str] = set()
-    columns = ColumnNames() if params.source == "demo" else params.columns
-    sources, test_sources = _sources(params, unused, chat=chat)
-    parsed = {name: list(_preferences(rows, columns, bad, chat=chat)) for name, rows in sources}
-    preferences = list(chain.from_iterable(parsed.values()))
-    test = None
-    if test_sources:
-        test = list(chain.from_iterable(_preferences(rows, columns, bad, chat=chat) for _, rows in test_sources))
-    if params.sft.source == "pairs":
-        names = params.sft.pairs_files or list(parsed)[:1]
-        supervised = _chosen_responses(chain.from_iterable(parsed[name] for name in names), test, params)
-    else:
-        supervised = list(_supervised(_sft_rows(params, unused), columns, bad, chat=chat))
-    return Inputs(preferences, test, supervised, bad, sorted(unused))
+class Inputs:
+    """The rows that params name. They are read anew whenever they are asked for, so that memory does not follow them.
+
+    Making one raises RequestError for missing files, unknown splits, ...
+    """
+
+    def __init__(self, params: PrepareParams, *, chat: bool) -> None:
+        if params.source == "demo":
+            params = params.model_copy(update={"columns": ColumnNames(), "form": "pairs"})
+        self._params = params
+        self._chat = chat
+        self._pairs, self._test = _sources(params)
+        self.forms = PairForms(params)  # of the last reading of all preferences
+        self.rows_read = 0  # of it
+
+    def rows(self) -> int:
+        """How many rows hold the preferences, about."""
+        return sum(source.about() for source in [*self._pairs, *self._test])
+
+    def preferences(self) -> Iterator[tuple[Preference | BadRow, str | None]]:
+        """All pairs in input order with their side; None where they are to be split by prompt."""
+        self.forms, self.rows_read = PairForms(self._params), 0
+        side = "train" if self._test else None
+        for sources, split in ((self._pairs, side), (self._test, "test")):
+            for source in sources:
+                for preference in self._parsed(source, self.forms):
+                    yield preference, split
+
+    def supervised(self) -> Iterator[SupervisedExample | BadRow]:
+        """The sft rows in input order; of pairs, their distinct chosen responses (bad rows are told with the pairs)."""
+        source = self._params.sft.source
+        if source == "pairs":
+            yield from self._chosen_responses()
+        elif source == "demo":
+            yield from self._examples(demo_sft_rows(self._params.demo))
+        elif source == "files":
+            folder = Path(self._params.input)
+            yield from self._examples(chain.from_iterable(_read(folder, name) for name in self._params.sft.files))
+
+    def _parsed(self, source: Source, forms: PairForms) -> Iterator[Preference | BadRow]:
+        for row in source.rows():
+            self.rows_read += 1
+            for part in [row] if isinstance(row, BadRow) else forms.pairs(row):
+                if isinstance(part, PairRow):
+                    yield from parse_pair(part, row.where, chat=self._chat)
+                else:
+                    yield part
+
+    def _examples(self, rows: Iterator[Row | BadRow]) -> Iterator[SupervisedExample | BadRow]:
+        for row in rows:
+            yield row if isinstance(row, BadRow) else parse_supervised(row, self._params.columns, chat=self._chat)
+
+    def _chosen_responses(self) -> Iterator[SupervisedExample]:
+        """The distinct chosen responses of a share of the training prompts, in input order."""
+        params = self._params
+        named = params.sft.pairs_files or [source.name for source in self._pairs][:1]
+        test_texts = {_digest(readable(p.prompt)) for p in self._all(self._test)}
+        found: set[bytes] = set()
+        for preference in self._all([source for source in self._pairs if source.name in named]):
+            text = readable(preference.prompt)
+            if self._test:
+                trains = _digest(text) not in test_texts
+            else:
+                trains = side_of(text, seed=params.split_seed, test_share=params.test_share) == "train"
+            if trains and is_selected(text, share=params.sft.pairs_share):
+                key = _digest((preference.prompt, preference.chosen))
+                if key not in found:
+                    found.add(key)
+                    yield SupervisedExample(preference.where, preference.prompt, preference.chosen)
+
+    def _all(self, sources: Sequence[Source]) -> Iterator[Preference]:
+        forms = PairForms(self._params)
+        parsed = chain.from_iterable(self._parsed(source, forms) for source in sources)
+        return (preference for preference in parsed if isinstance(preference, Preference))
 
 
-Source = tuple[str, Iterator[Row | BadRow]]
+def _digest(value: Any) -> bytes:
+    """Stands for texts and messages that would fill memory."""
+    return blake2b(repr(value).encode(), digest_size=16).digest()
 
 
-def _noting(rows: Iterator[Row | BadRow], used: set[str], unused: set[str]) -> Iterator[Row | BadRow]:
-    """The same rows; `unused` gets the names of their columns that are not among `used`."""
-    for row in rows:
-        if isinstance(row, Row):
-            unused |= row.values.keys() - used
-        yield row
-
-
-def _sources(params: PrepareParams, unused: set[str], *, chat: bool) -> tuple[list[Source], list[Source]]:
-    """(name, rows) of every source of pairs, and of every source of test pairs (none: split by prompt)."""
-    pairs, test = _named_rows(params)
-    used = set(params.columns.model_dump(exclude={"completion"}).values()) | set(CONTEXT if chat else ())
-    if params.source == "demo":
-        return pairs, test
-    noted = [[(name, _noting(rows, used, unused)) for name, rows in sources] for sources in (pairs, test)]
-    return noted[0], noted[1]
-
-
-def _named_rows(params: PrepareParams) -> tuple[list[Source], list[Source]]:
+def _sources(params: PrepareParams) -> tuple[list[Source], list[Source]]:
+    """Every source of pairs, and every source of test pairs (none: split by prompt)."""
     folder = Path(params.input)
     if params.source == "demo":
-        return [("demo", demo_rows(params.demo))], []
+        return [Source("demo", lambda: demo_rows(params.demo), lambda: 0)], []
     if params.source == "hub":
         hub = params.hub
         assert hub is not None  # PrepareParams sees to it
-        test = [(hub.test_split, read_dataset(hub, hub.test_split, folder))] if hub.test_split else []
-        return [(hub.split, read_dataset(hub, hub.split, folder))], test
+        names = [[hub.split], [hub.test_split] if hub.test_split else []]
+        pairs, test = [[_hub_source(name, Dataset(hub, name, folder)) for name in side] for side in names]
+        return pairs, test
     files = params.files
     assert files is not None
-    read = [[(name, _read(folder, name)) for name in dict.fromkeys(names)] for names in (files.pairs, files.test_pairs)]
-    return read[0], read[1]
+    pairs, test = [
+        [_file_source(folder, name) for name in dict.fromkeys(side)] for side in (files.pairs, files.test_pairs)
+    ]
+    return pairs, test
+
+
+def _hub_source(name: str, dataset: Dataset) -> Source:
+    return Source(name, dataset.rows, dataset.count)
+
+
+def _file_source(folder: Path, name: str) -> Source:
+    def count() -> int:
+        return sum(count_rows(folder, file) for file in find_files(folder, name))
+
+    return Source(name, lambda: _read(folder, name), count)
 
 
 def _read(folder: Path, name: str) -> Iterator[Row | BadRow]:
     return chain.from_iterable(read_file(folder, file) for file in find_files(folder, name))
-
-
-def _sft_rows(params: PrepareParams, unused: set[str]) -> Iterable[Row | BadRow]:
-    if params.sft.source == "demo":
-        return demo_sft_rows(params.demo)
-    if params.sft.source == "none":
-        return ()
-    used = {params.columns.prompt, params.columns.completion, "messages"}
-    return _noting(chain.from_iterable(_read(Path(params.input), name) for name in params.sft.files), used, unused)
-
-
-def _preferences(
-    rows: Iterable[Row | BadRow], columns: ColumnNames, bad: list[BadRow], *, chat: bool
-) -> Iterator[Preference]:
-    for row in rows:
-        for parsed in [row] if isinstance(row, BadRow) else parse_preferences(row, columns, chat=chat):
-            if isinstance(parsed, BadRow):
-                bad.append(parsed)
-            else:
-                yield parsed
-
-
-def _supervised(
-    rows: Iterable[Row | BadRow], columns: ColumnNames, bad: list[BadRow], *, chat: bool
-) -> Iterator[SupervisedExample]:
-    for row in rows:
-        parsed = row if isinstance(row, BadRow) else parse_supervised(row, columns, chat=chat)
-        if isinstance(parsed, BadRow):
-            bad.append(parsed)
-        else:
-            yield parsed
-
-
-def _chosen_responses(
-    preferences: Iterable[Preference], test: list[Preference] | None, params: PrepareParams
-) -> list[SupervisedExample]:
-    """The distinct chosen responses of a share of the training prompts, in input order."""
-    test_texts = {readable(preference.prompt) for preference in test or ()}
-    found: dict[tuple[object, object], SupervisedExample] = {}
-    for preference in preferences:
-        text = readable(preference.prompt)
-        if test is None:
-            trains = side_of(text, seed=params.split_seed, test_share=params.test_share) == "train"
-        else:
-            trains = text not in test_texts
-        if trains and is_selected(text, share=params.sft.pairs_share):
-            example = SupervisedExample(preference.where, preference.prompt, preference.chosen)
-            found.setdefault((preference.prompt, preference.chosen), example)
-    return list(found.values())

@@ -1,35 +1,44 @@
-"""Preferences and supervised examples -> the tables of pipeline/data/tables.py, counting all that is left out."""
+"""Preferences and supervised examples -> the tables of pipeline/data/tables.py, in batches; all left out is counted."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cache.keys import prompt_key, response_key
 from pipeline.data.dialogues import readable, text_of
 from pipeline.data.encoding import Encoded, Encoder, Unusable
-from pipeline.data.files import BadRow
+from pipeline.data.inputs import Inputs
 from pipeline.data.preferences import Preference, SupervisedExample
 from pipeline.data.splitting import side_of
-from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, SFT_SCHEMA, TOKENS
+from pipeline.data.spool import Kept, PairSpool
+from pipeline.data.tables import SFT_SCHEMA, TOKENS, TableWriter
 from pipeline.params import PrepareParams
+from pipeline.progress import Advance
+from pipeline.published.files import BadRow
+
+BATCH_ROWS = 2000  # pairs or sft rows that are in memory at once
+KEPT_BAD_ROWS = 20
 
 
 @dataclass
-class PairTables:
-    pairs: pa.Table
-    responses: pa.Table
-    bad: list[BadRow]
-    counts: dict[str, Any]  # for summary.json
+class BadRows:
+    """How many there were, and the first of them."""
 
+    count: int = 0
+    first: list[BadRow] = field(default_factory=list)
 
-class SupervisedTable(NamedTuple):
-    table: pa.Table
-    bad: list[BadRow]
-    counts: dict[str, Any]
+    def add(self, row: BadRow) -> None:
+        self.count += 1
+        if len(self.first) < KEPT_BAD_ROWS:
+            self.first.append(row)
 
 
 class _Pair(NamedTuple):
@@ -37,187 +46,187 @@ class _Pair(NamedTuple):
     split: str
     chosen: Encoded
     rejected: Encoded
-    prompt_key: bytes
-    chosen_key: bytes
-    rejected_key: bytes
 
 
 @dataclass
-class _Outcome:
-    """What became of the preferences, gathered on the way."""
+class LongPrompts:
+    """Prompts above prepare.max_prompt_tokens that were dropped."""
 
-    bad: list[BadRow] = field(default_factory=list)
-    long_prompts: set[Any] = field(default_factory=set)
-    long_prompt_pairs: int = 0
-    overlap: set[bytes] = field(default_factory=set)
-    duplicates: int = 0
+    prompts: set[bytes] = field(default_factory=set)
+    pairs: int = 0
 
 
-def pair_tables(
-    preferences: Sequence[Preference], test: Sequence[Preference] | None, encoder: Encoder, params: PrepareParams
-) -> PairTables:
-    """Encode, key and split. Without `test`, prompts are split by hash; with it, its prompts leave the train side."""
-    outcome = _Outcome()
-    labelled = [(preference, "train" if test is not None else None) for preference in preferences]
-    labelled += [(preference, "test") for preference in test or ()]
-    pairs = _distinct(_separate(_encode(labelled, encoder, params, outcome), outcome), outcome)
-    responses = _responses(pairs)
-    return PairTables(_pairs_table(pairs), _responses_table(responses), outcome.bad, _counts(pairs, responses, outcome))
+def spool_pairs(
+    inputs: Inputs, encoder: Encoder, params: PrepareParams, spool: PairSpool, bad: BadRows, advance: Advance
+) -> LongPrompts:
+    """Encode, key and split all that is usable into `spool`. A split of None: by the prompt's hash."""
+    long = LongPrompts()
+    rows, done = inputs.preferences(), 0
+    while batch := list(islice(rows, BATCH_ROWS)):
+        usable = []
+        for preference, split in batch:
+            if isinstance(preference, BadRow):
+                bad.add(preference)
+            else:
+                usable.append((preference, split))
+        pairs = list(_encoded(usable, encoder, params, long, bad))
+        if pairs:
+            spool.add(*_columns(pairs))
+        advance(inputs.rows_read - done)
+        done = inputs.rows_read
+    return long
 
 
-def _encode(
-    labelled: Sequence[tuple[Preference, str | None]], encoder: Encoder, params: PrepareParams, outcome: _Outcome
-) -> list[_Pair]:
-    examples = [(p.prompt, text) for p, _ in labelled for text in (p.chosen, p.rejected)]
-    encoded = iter(encoder.encode(examples, "pairs"))
-    pairs = []
-    for preference, split in labelled:
+def _encoded(
+    batch: list[tuple[Preference, str | None]], encoder: Encoder, params: PrepareParams, long: LongPrompts, bad: BadRows
+) -> Iterator[_Pair]:
+    encoded = iter(encoder.encode([(p.prompt, text) for p, _ in batch for text in (p.chosen, p.rejected)]))
+    for preference, split in batch:
         chosen, rejected = next(encoded), next(encoded)
         if isinstance(chosen, Unusable) or isinstance(rejected, Unusable):
             failed = next(side for side in (chosen, rejected) if isinstance(side, Unusable))
             if failed.prompt_too_long:
-                outcome.long_prompts.add(preference.prompt)
-                outcome.long_prompt_pairs += 1
+                long.prompts.add(blake2b(repr(preference.prompt).encode(), digest_size=16).digest())
+                long.pairs += 1
             else:
-                outcome.bad.append(BadRow(preference.where, failed.reason))
+                bad.add(BadRow(preference.where, failed.reason))
         elif np.array_equal(chosen.response_ids, rejected.response_ids):
             cut = f"after truncation to {params.max_tokens} tokens" if chosen.truncated else "as token ids"
-            outcome.bad.append(BadRow(preference.where, f"chosen and rejected are identical {cut}"))
+            bad.add(BadRow(preference.where, f"chosen and rejected are identical {cut}"))
         else:
             text = readable(preference.prompt)
             side = split or side_of(text, seed=params.split_seed, test_share=params.test_share)
-            pairs.append(_keyed(preference, side, chosen, rejected))
-    return pairs
+            yield _Pair(preference, side, chosen, rejected)
 
 
-def _keyed(preference: Preference, split: str, chosen: Encoded, rejected: Encoded) -> _Pair:
-    prompt = chosen.prompt_ids
-    keys = [response_key(prompt, response) for response in (chosen.response_ids, rejected.response_ids)]
-    return _Pair(preference, split, chosen, rejected, prompt_key(prompt), *keys)
-
-
-def _separate(pairs: list[_Pair], outcome: _Outcome) -> list[_Pair]:
-    """Without the training pairs whose prompt is also a test prompt, be it by the input or by truncation."""
-    test_keys = {pair.prompt_key for pair in pairs if pair.split == "test"}
-    kept = []
-    for pair in pairs:
-        if pair.split == "train" and pair.prompt_key in test_keys:
-            outcome.overlap.add(pair.prompt_key)
-        else:
-            kept.append(pair)
-    return kept
-
-
-def _distinct(pairs: list[_Pair], outcome: _Outcome) -> list[_Pair]:
-    found: dict[tuple[bytes, bytes], _Pair] = {}
-    for pair in pairs:
-        found.setdefault((pair.chosen_key, pair.rejected_key), pair)
-    outcome.duplicates = len(pairs) - len(found)
-    return list(found.values())
-
-
-def _responses(pairs: Iterable[_Pair]) -> list[dict[str, Any]]:
-    """One row per response key, sorted by it; text and reward are those of the first pair that has them."""
-    found: dict[bytes, dict[str, Any]] = {}
-    for pair in pairs:
-        p = pair.preference
-        for key, encoded, text, reward in (
-            (pair.chosen_key, pair.chosen, text_of(p.chosen), p.chosen_reward),
-            (pair.rejected_key, pair.rejected, text_of(p.rejected), p.rejected_reward),
-        ):
-            row = found.setdefault(
-                key,
-                {
-                    "response_key": key,
-                    "prompt_key": pair.prompt_key,
-                    "split": pair.split,
-                    "encoded": encoded,
-                    "prompt_text": readable(p.prompt),
-                    "response_text": text,
-                    "reward": reward,
-                },
-            )
-            if row["reward"] is None:
-                row["reward"] = reward
-    return [found[key] for key in sorted(found)]
-
-
-def _counts(pairs: list[_Pair], responses: list[dict[str, Any]], outcome: _Outcome) -> dict[str, Any]:
-    sides = ("train", "test")
-    prompts = {pair.prompt_key: pair for pair in pairs}
-    categories = Counter(pair.preference.category for pair in pairs if pair.preference.category is not None)
-    lengths = [len(row["encoded"].response_ids) for row in responses]
-    totals = [len(row["encoded"].prompt_ids) + len(row["encoded"].response_ids) for row in responses]
-    return {
-        "pairs": {side: sum(pair.split == side for pair in pairs) for side in sides},
-        "prompts": {side: sum(pair.split == side for pair in prompts.values()) for side in sides},
-        "distinct_responses": len(responses),
-        "tokens": {
-            "prompts": sum(len(pair.chosen.prompt_ids) for pair in prompts.values()),
-            "responses": sum(lengths),
-            "longest_response": max(lengths, default=0),
-            "longest_sequence": max(totals, default=0),
-        },
-        "truncated_responses": sum(row["encoded"].truncated for row in responses),
-        "truncated_prompts": sum(pair.chosen.prompt_truncated for pair in prompts.values()),
-        "dropped_prompts_too_long": len(outcome.long_prompts),
-        "dropped_pairs_prompt_too_long": outcome.long_prompt_pairs,
-        "train_prompts_also_in_test": len(outcome.overlap),
-        "duplicate_pairs": outcome.duplicates,
-        "category_counts": dict(sorted(categories.items())),
-    }
-
-
-def _pairs_table(pairs: list[_Pair]) -> pa.Table:
+def _columns(pairs: list[_Pair]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What PairSpool.add takes."""
     preferences = [pair.preference for pair in pairs]
-    columns = {
-        "pair_id": list(range(len(pairs))),
-        "split": [pair.split for pair in pairs],
-        "prompt_key": [pair.prompt_key for pair in pairs],
-        "chosen_key": [pair.chosen_key for pair in pairs],
-        "rejected_key": [pair.rejected_key for pair in pairs],
+    encoded = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    prompt_keys = [prompt_key(pair.chosen.prompt_ids) for pair in pairs]
+    keys = [response_key(side.prompt_ids, side.response_ids) for side in encoded]
+    prompt_texts = [readable(p.prompt) for p in preferences]
+    splits = [pair.split for pair in pairs]
+    texts = [text_of(answer) for p in preferences for answer in (p.chosen, p.rejected)]
+    rewards = [reward for p in preferences for reward in (p.chosen_reward, p.rejected_reward)]
+    pair_columns = {
+        "split": splits,
+        "prompt_key": prompt_keys,
+        "chosen_key": keys[::2],
+        "rejected_key": keys[1::2],
         "category": [p.category for p in preferences],
-        "prompt_text": [readable(p.prompt) for p in preferences],
-        "chosen_text": [text_of(p.chosen) for p in preferences],
-        "rejected_text": [text_of(p.rejected) for p in preferences],
-        "chosen_reward": [p.chosen_reward for p in preferences],
-        "rejected_reward": [p.rejected_reward for p in preferences],
+        "prompt_text": prompt_texts,
+        "chosen_text": texts[::2],
+        "rejected_text": texts[1::2],
+        "chosen_reward": rewards[::2],
+        "rejected_reward": rewards[1::2],
         "source": [p.where for p in preferences],
     }
-    return pa.table(columns, schema=PAIRS_SCHEMA)
-
-
-def _responses_table(rows: list[dict[str, Any]]) -> pa.Table:
-    columns: dict[str, Any] = {
-        name: [row[name] for row in rows]
-        for name in ("response_key", "prompt_key", "split", "prompt_text", "response_text", "reward")
+    response_columns = {
+        "response_key": keys,
+        "prompt_key": _twice(prompt_keys),
+        "split": _twice(splits),
+        "prompt_ids": _token_column([side.prompt_ids for side in encoded]),
+        "response_ids": _token_column([side.response_ids for side in encoded]),
+        "truncated": [side.truncated for side in encoded],
+        "prompt_text": _twice(prompt_texts),
+        "response_text": texts,
+        "reward": rewards,
     }
-    columns["prompt_ids"] = _token_column([row["encoded"].prompt_ids for row in rows])
-    columns["response_ids"] = _token_column([row["encoded"].response_ids for row in rows])
-    columns["truncated"] = [row["encoded"].truncated for row in rows]
-    return pa.table(columns, schema=RESPONSES_SCHEMA)
+    prompt_columns = {
+        "prompt_tokens": pl.Series([len(pair.chosen.prompt_ids) for pair in pairs], dtype=pl.Int32),
+        "prompt_truncated": pl.Series([pair.chosen.prompt_truncated for pair in pairs], dtype=pl.Boolean),
+    }
+    return pair_columns, response_columns, prompt_columns
 
 
-def supervised_table(examples: Sequence[SupervisedExample], encoder: Encoder) -> SupervisedTable:
-    """One row per usable example, in order."""
-    encoded = encoder.encode([(example.prompt, example.completion) for example in examples], "sft rows")
-    usable = [(example, ids) for example, ids in zip(examples, encoded, strict=True) if isinstance(ids, Encoded)]
-    failed = [(example, e) for example, e in zip(examples, encoded, strict=True) if isinstance(e, Unusable)]
+def _twice(values: list[Any]) -> list[Any]:
+    return [value for value in values for _ in range(2)]
+
+
+class PairCounts:
+    """What summary.json says of the pairs and responses that are written."""
+
+    def __init__(self, kept: Kept, long: LongPrompts) -> None:
+        self._kept, self._long = kept, long
+        self._categories: Counter[str] = Counter()
+        self._responses = self._response_tokens = self._truncated = self._longest = self._longest_sequence = 0
+
+    def add_pairs(self, table: pa.Table) -> None:
+        self._categories.update(table["category"].drop_null().to_pylist())
+
+    def add_responses(self, table: pa.Table) -> None:
+        lengths, prompts = (pc.list_value_length(table[name]).to_numpy() for name in ("response_ids", "prompt_ids"))
+        self._responses += table.num_rows
+        self._response_tokens += int(lengths.sum())
+        self._truncated += pc.sum(table["truncated"]).as_py()
+        self._longest = max(self._longest, int(lengths.max()))
+        self._longest_sequence = max(self._longest_sequence, int((lengths + prompts).max()))
+
+    def counts(self) -> dict[str, Any]:
+        pairs = self._kept.keys
+        prompts = pairs.unique("prompt_key", keep="last")
+        sides = ("train", "test")
+        return {
+            "pairs": {side: pairs.filter(split=side).height for side in sides},
+            "prompts": {side: prompts.filter(split=side).height for side in sides},
+            "distinct_responses": self._responses,
+            "tokens": {
+                "prompts": int(prompts["prompt_tokens"].cast(pl.Int64).sum()),
+                "responses": self._response_tokens,
+                "longest_response": self._longest,
+                "longest_sequence": self._longest_sequence,
+            },
+            "truncated_responses": self._truncated,
+            "truncated_prompts": int(prompts["prompt_truncated"].sum()),
+            "dropped_prompts_too_long": len(self._long.prompts),
+            "dropped_pairs_prompt_too_long": self._long.pairs,
+            "train_prompts_also_in_test": self._kept.overlap,
+            "duplicate_pairs": self._kept.duplicates,
+            "category_counts": dict(sorted(self._categories.items())),
+        }
+
+
+def write_supervised(
+    examples: Iterable[SupervisedExample | BadRow], encoder: Encoder, writer: TableWriter, bad: BadRows
+) -> dict[str, Any]:
+    """One row per usable example, in order; returns what summary.json says of them."""
+    counts = dict.fromkeys(
+        ("sft_rows", "sft_tokens", "sft_truncated_responses", "sft_truncated_prompts", "sft_dropped_prompts_too_long"),
+        0,
+    )
+    rows = iter(examples)
+    while batch := list(islice(rows, BATCH_ROWS)):
+        usable = [row for row in batch if isinstance(row, SupervisedExample)]
+        for row in batch:
+            if isinstance(row, BadRow):
+                bad.add(row)
+        encoded = encoder.encode([(example.prompt, example.completion) for example in usable])
+        good = []
+        for example, ids in zip(usable, encoded, strict=True):
+            if isinstance(ids, Encoded):
+                good.append((example, ids))
+            elif ids.prompt_too_long:
+                counts["sft_dropped_prompts_too_long"] += 1
+            else:
+                bad.add(BadRow(example.where, ids.reason))
+        if good:
+            writer.write(_supervised_table(good))
+        counts["sft_rows"] += len(good)
+        counts["sft_tokens"] += sum(len(ids.prompt_ids) + len(ids.response_ids) for _, ids in good)
+        counts["sft_truncated_responses"] += sum(ids.truncated for _, ids in good)
+        counts["sft_truncated_prompts"] += sum(ids.prompt_truncated for _, ids in good)
+    return counts
+
+
+def _supervised_table(rows: list[tuple[SupervisedExample, Encoded]]) -> pa.Table:
     columns = {
-        "prompt_ids": _token_column([ids.prompt_ids for _, ids in usable]),
-        "response_ids": _token_column([ids.response_ids for _, ids in usable]),
-        "prompt_text": [readable(example.prompt) for example, _ in usable],
-        "response_text": [text_of(example.completion) for example, _ in usable],
+        "prompt_ids": _token_column([ids.prompt_ids for _, ids in rows]),
+        "response_ids": _token_column([ids.response_ids for _, ids in rows]),
+        "prompt_text": [readable(example.prompt) for example, _ in rows],
+        "response_text": [text_of(example.completion) for example, _ in rows],
     }
-    counts = {
-        "sft_rows": len(usable),
-        "sft_tokens": sum(len(ids.prompt_ids) + len(ids.response_ids) for _, ids in usable),
-        "sft_truncated_responses": sum(ids.truncated for _, ids in usable),
-        "sft_truncated_prompts": sum(ids.prompt_truncated for _, ids in usable),
-        "sft_dropped_prompts_too_long": sum(e.prompt_too_long for _, e in failed),
-    }
-    bad = [BadRow(example.where, e.reason) for example, e in failed if not e.prompt_too_long]
-    return SupervisedTable(pa.table(columns, schema=SFT_SCHEMA), bad, counts)
+    return pa.table(columns, schema=SFT_SCHEMA)
 
 
 def _token_column(rows: Sequence[np.ndarray]) -> pa.ListArray:

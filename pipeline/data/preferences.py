@@ -1,7 +1,6 @@
-"""Rows of any supported form -> preferences and supervised examples in one canonical form.
+"""What a row asks, chooses and rejects -> preferences and supervised examples in one canonical form.
 
-The form is found row by row: explicit prompt, messages, whole dialogues (as messages or as "Human:/Assistant:" text),
-several chosen or rejected responses. See data/input/README.md for an example of each.
+Each part may be text, messages, a whole dialogue (as messages or as "Human:/Assistant:" text), or several responses.
 """
 
 import json
@@ -24,11 +23,10 @@ from pipeline.data.dialogues import (
     split_plain,
     where_they_differ,
 )
-from pipeline.data.files import BadRow, Row
 from pipeline.errors import RequestError
 from pipeline.params import ColumnNames
-
-CONTEXT = ("tools", "chat_template_kwargs")  # columns that reach the chat template as they are
+from pipeline.published.files import BadRow, Row
+from pipeline.published.rows import CONTEXT, Asked, BadForm, PairRow, asked, first_of
 
 
 class Preference(NamedTuple):
@@ -51,64 +49,82 @@ class _Bad(ValueError):
     """Why a row is refused."""
 
 
-def parse_preferences(row: Row, columns: ColumnNames, *, chat: bool) -> Iterator[Preference | BadRow]:
+def parse_pair(row: PairRow, where: str, *, chat: bool) -> Iterator[Preference | BadRow]:
     """Every chosen response of `row` with every rejected one; a bad combination is yielded as BadRow, the others stay.
 
     chat: prompts become messages (for a chat template); otherwise they stay plain text, and messages raise
     RequestError, because the parameters do not fit the data.
     """
     try:
-        values = row.values
-        prompt = _prompt(values, columns.prompt)
-        chosen = _responses(values, columns.chosen)
-        rejected = _responses(values, columns.rejected)
-        category = _category(values.get(columns.category), columns.category)
-        chosen_rewards = _rewards(values.get(columns.chosen_reward), len(chosen), columns.chosen_reward)
-        rejected_rewards = _rewards(values.get(columns.rejected_reward), len(rejected), columns.rejected_reward)
+        prompt = _prompt(row.asked.prompt)
+        chosen = _responses(row.chosen, "chosen")
+        rejected = _responses(row.rejected, "rejected")
+        chosen_rewards = _rewards(row.chosen_reward, len(chosen), "chosen_reward")
+        rejected_rewards = _rewards(row.rejected_reward, len(rejected), "rejected_reward")
     except _Bad as error:
-        yield BadRow(row.where, str(error))
+        yield BadRow(where, str(error))
         return
     for i, better in enumerate(chosen):
         for j, worse in enumerate(rejected):
             try:
-                asked, good, bad = _pair(prompt, better, worse, chat=chat, where=row.where)
-                asked = _with_context(asked, values)
+                found, good, bad = _pair(prompt, better, worse, chat=chat, where=where)
+                found = _whole_prompt(found, row.asked, chat=chat, where=where)
             except (_Bad, BadDialogue) as error:
-                yield BadRow(row.where, f"{_which(i, len(chosen), j, len(rejected))}{error}")
+                yield BadRow(where, f"{_which(i, len(chosen), j, len(rejected))}{error}")
             else:
-                yield Preference(row.where, asked, good, bad, category, chosen_rewards[i], rejected_rewards[j])
+                yield Preference(where, found, good, bad, row.asked.category, chosen_rewards[i], rejected_rewards[j])
 
 
 def parse_supervised(row: Row, columns: ColumnNames, *, chat: bool) -> SupervisedExample | BadRow:
     """`prompt` and `completion`, or `messages` that end with the assistant's turn."""
     values = row.values
     try:
-        if columns.completion not in values and is_messages(values.get("messages")):
-            prompt, completion = _split_whole(None, values["messages"], "messages", chat=chat, where=row.where)
-        else:
-            responses = _responses(values, columns.completion)
+        if columns.completion in values:
+            responses = _responses(values[columns.completion], columns.completion)
             if len(responses) > 1:
                 raise _Bad(f"{columns.completion} holds {len(responses)} texts, expected one")
-            head = _prompt(values, columns.prompt)
-            prompt, completion = _split_whole(head, responses[0], columns.completion, chat=chat, where=row.where)
-        _refuse_empty(prompt, completion, columns.completion)
-        prompt = _with_context(prompt, values)
-    except (_Bad, BadDialogue) as error:
+            found = asked(values, columns, responses[0])
+            whole = _prompt(found.prompt), responses[0], columns.completion
+        else:
+            name = first_of(values, columns.candidates("messages"))
+            if name is None or not is_messages(values[name]):
+                raise _Bad(
+                    f"no column {columns.completion!r} and no messages (found {', '.join(map(repr, values))}); "
+                    "prepare.columns can name another"
+                )
+            found = asked(
+                {n: v for n, v in values.items() if n in (*CONTEXT, *columns.candidates("system"))}, columns, None
+            )
+            whole = None, values[name], name
+        prompt, completion = _split_whole(*whole, chat=chat, where=row.where)
+        _refuse_empty(prompt, completion, whole[2])
+        prompt = _whole_prompt(prompt, found, chat=chat, where=row.where)
+    except (_Bad, BadForm, BadDialogue) as error:
         return BadRow(row.where, str(error))
     return SupervisedExample(row.where, prompt, completion)
 
 
-def _with_context(prompt: Prompt, values: dict[str, Any]) -> Prompt:
-    """The prompt with what its row gives the chat template beside messages."""
-    context = {name: values[name] for name in CONTEXT if values.get(name)}
+def _whole_prompt(prompt: Prompt, found: Asked, *, chat: bool, where: str) -> Prompt:
+    """The prompt with its row's system turn, and with what the row gives the chat template beside messages."""
+    if found.system and not chat:
+        raise RequestError(
+            f"{where}: there is a system turn, but no chat template to render it. Set prepare.chat_template to a jinja "
+            "file (or to auto, with a model whose tokenizer has one), or leave it out: prepare.columns.system: null."
+        )
+    if isinstance(prompt, str):
+        return prompt
+    if found.system:
+        if prompt[0].role != "system":
+            prompt = (Message("system", found.system), *prompt)
+        elif prompt[0].content != found.system:
+            raise _Bad("the system column and the dialogue's own system turn differ")
+    context = dict(found.context)
     if isinstance(context.get("tools"), str):
         try:
             context["tools"] = json.loads(context["tools"])
         except ValueError as error:
             raise _Bad(f"tools is no JSON: {error}") from None
-    if not context or isinstance(prompt, str):
-        return prompt
-    return (prompt[0]._replace(context=json_text(context)), *prompt[1:])
+    return (prompt[0]._replace(context=json_text(context)), *prompt[1:]) if context else prompt
 
 
 def _which(i: int, n_chosen: int, j: int, n_rejected: int) -> str:
@@ -116,20 +132,18 @@ def _which(i: int, n_chosen: int, j: int, n_rejected: int) -> str:
     return " with ".join(names) + ": " if names else ""
 
 
-def _prompt(values: dict[str, Any], column: str) -> str | list[dict[str, Any]] | None:
-    value = values.get(column)
+def _prompt(value: Any) -> Any:
     if value is None or isinstance(value, str) or is_messages(value):
         return value
     if value == []:
-        raise _Bad(f"{column} is empty")
-    raise _Bad(f"{column} is {type(value).__name__}, expected text or a list of messages")
+        raise _Bad("prompt is empty")
+    raise _Bad(f"prompt is {_type_name(value)}, expected text or a list of messages")
 
 
-def _responses(values: dict[str, Any], column: str) -> list[Any]:
-    """The column's responses, each a text or a list of messages; one that stands alone becomes a list of one."""
-    if column not in values:
-        raise _Bad(f"no column {column!r} (found {', '.join(map(repr, values))}); prepare.columns can name another")
-    value = values[column]
+def _responses(value: Any, column: str) -> list[Any]:
+    """The responses, each a text or a list of messages; one that stands alone becomes a list of one."""
+    if isinstance(value, dict):
+        value = [value]
     if isinstance(value, str) or is_messages(value):
         return [value]
     if value is None or value == []:
@@ -143,12 +157,6 @@ def _type_name(value: Any) -> str:
     if isinstance(value, list):
         return "a list of " + " and ".join(sorted({type(item).__name__ for item in value}))
     return type(value).__name__
-
-
-def _category(value: Any, column: str) -> str | None:
-    if isinstance(value, list | dict):
-        raise _Bad(f"{column} is {type(value).__name__}, expected text")
-    return None if value is None else str(value)
 
 
 def _rewards(value: Any, count: int, column: str) -> list[float | None]:

@@ -8,31 +8,35 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.data.dialogues import readable, text_of
 from pipeline.data.encoding import Encoder, Limits
-from pipeline.data.files import BadRow
-from pipeline.data.inputs import Inputs, read_inputs
-from pipeline.data.notices import notices, tell
-from pipeline.data.pairing import PairTables, SupervisedTable, pair_tables, supervised_table
-from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, SFT_SCHEMA, write_table
+from pipeline.data.inputs import Inputs
+from pipeline.data.notices import Notices, tell
+from pipeline.data.pairing import BadRows, PairCounts, spool_pairs, write_supervised
+from pipeline.data.preferences import SupervisedExample
+from pipeline.data.spool import Kept, PairSpool
+from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, SFT_SCHEMA, TableWriter
 from pipeline.errors import RequestError
 from pipeline.files import write_json
 from pipeline.model.tokenizer import load_tokenizer, read_template, train_tokenizer
 from pipeline.params import ModelParams, PrepareParams
+from pipeline.progress import progress_bar
+from pipeline.published.files import BadRow
 
 SHOWN_BAD_ROWS = 10  # in an error
-KEPT_BAD_ROWS = 20  # in the summary
 
 
-class _Prepared(NamedTuple):
-    supervised: SupervisedTable
-    pairs: PairTables
-    tokenizer: Any
-    summary: dict[str, Any]
+class _Outputs(NamedTuple):
+    sft: Path
+    tokenizer: Path
+    pairs: Path
+    responses: Path
+    summary: Path
 
 
 def prepare_data(
@@ -47,26 +51,23 @@ def prepare_data(
 ) -> dict[str, Any]:
     """Write the four outputs and return the summary. on_bad_row: "fail" or "skip", instead of params.on_bad_row.
 
-    Raises RequestError for wrong input, with nothing written and earlier outputs untouched.
+    Raises RequestError for wrong input, with nothing written and earlier outputs untouched. Memory does not grow with
+    the rows, but by some 150 bytes a pair.
     """
-    prepared = _prepare(params, model, on_bad_row or params.on_bad_row)
     _refuse_foreign_folder(tokenizer)
     outputs = [sft, tokenizer, pairs / "pairs.parquet", pairs / "responses.parquet", summary]
-    with _staged(outputs) as (new_sft, new_tokenizer, new_pairs, new_responses, new_summary):
-        write_table(prepared.supervised.table, new_sft, SFT_SCHEMA)
-        prepared.tokenizer.save_pretrained(new_tokenizer)
-        write_table(prepared.pairs.pairs, new_pairs, PAIRS_SCHEMA)
-        write_table(prepared.pairs.responses, new_responses, RESPONSES_SCHEMA)
-        write_json(new_summary, prepared.summary, indent=2)
-    return prepared.summary
+    with _staged(outputs) as staged, _spool_folder(summary) as spool:
+        return _prepare(params, model, on_bad_row or params.on_bad_row, _Outputs(*staged), spool)
 
 
-def _prepare(params: PrepareParams, model: ModelParams, on_bad_row: str) -> _Prepared:
+def _prepare(
+    params: PrepareParams, model: ModelParams, on_bad_row: str, to: _Outputs, spool_folder: Path
+) -> dict[str, Any]:
     template = read_template(params.chat_template)
     tokenizer = load_tokenizer(model) if model.scratch is None else None
     own_template = tokenizer is None or tokenizer.chat_template is not None
     chat = params.chat_template != "never" and (template is not None or own_template)
-    inputs = read_inputs(params, chat=chat)
+    inputs = Inputs(params, chat=chat)
     if tokenizer is None:
         tokenizer = _trained(inputs, model, on_bad_row, params)
     if template is not None:
@@ -75,65 +76,105 @@ def _prepare(params: PrepareParams, model: ModelParams, on_bad_row: str) -> _Pre
     encoder = Encoder(
         tokenizer, chat=chat, limits=Limits(params.max_tokens, params.max_prompt_tokens, params.long_prompts)
     )
-    supervised = supervised_table(inputs.supervised, encoder)
-    tables = pair_tables(inputs.preferences, inputs.test, encoder, params)
-    # Chosen responses that serve as sft rows were reported with their pair already.
-    sft_bad = [] if params.sft.source == "pairs" else supervised.bad
-    bad = inputs.bad + sft_bad + tables.bad
+    bad, spool = BadRows(), PairSpool(spool_folder)
+    with progress_bar("prepare pairs", inputs.rows()) as advance:
+        long = spool_pairs(inputs, encoder, params, spool, bad, advance)
+    forms = inputs.forms
+    with TableWriter(to.sft, SFT_SCHEMA) as writer:
+        # Chosen responses that serve as sft rows are reported with their pair already.
+        sft_bad = BadRows() if params.sft.source == "pairs" else bad
+        supervised = write_supervised(inputs.supervised(), encoder, writer, sft_bad)
     _judge(bad, on_bad_row, params)
-    _need_rows(params, tables, supervised, bad)
-    skipped = {"count": len(bad), "examples": [row._asdict() for row in bad[:KEPT_BAD_ROWS]]}
-    noticed = notices(tables.pairs, tables.responses, tokenizer.all_special_tokens)
-    tell(noticed, inputs.unused)
-    counts = {**tables.counts, **supervised.counts, "vocabulary_size": len(tokenizer), "skipped_rows": skipped}
-    counts |= noticed | {"unused_columns": inputs.unused}
-    return _Prepared(supervised, tables, tokenizer, counts)
+    kept = spool.close()
+    counts, noticed = PairCounts(kept, long), Notices(tokenizer.all_special_tokens)
+    noticed.add_keys(kept.keys)
+    _write_pairs(spool, kept, to, [counts, noticed])
+    _need_rows(params, counts.counts(), supervised, bad)
+    tokenizer.save_pretrained(to.tokenizer)
+    skipped = {"count": bad.count, "examples": [row._asdict() for row in bad.first]}
+    summary = {**counts.counts(), **supervised, "vocabulary_size": len(tokenizer), "skipped_rows": skipped}
+    summary |= noticed.counts | {"unused_columns": sorted(forms.unused)}
+    summary |= {"forms": dict(forms.found), "dropped_ties": forms.ties}
+    tell(summary)
+    write_json(to.summary, summary, indent=2)
+    return summary
+
+
+def _write_pairs(spool: PairSpool, kept: Kept, to: _Outputs, counters: Sequence[PairCounts | Notices]) -> None:
+    with TableWriter(to.pairs, PAIRS_SCHEMA) as writer:
+        for table in spool.pairs(kept):
+            writer.write(table)
+            for counter in counters:
+                counter.add_pairs(table)
+    with TableWriter(to.responses, RESPONSES_SCHEMA) as writer:
+        for table in spool.responses(kept):
+            writer.write(table)
+            for counter in counters:
+                counter.add_responses(table)
 
 
 def _trained(inputs: Inputs, model: ModelParams, on_bad_row: str, params: PrepareParams) -> Any:
     assert model.scratch is not None
-    if not inputs.supervised:
-        _judge(inputs.bad, on_bad_row, params)  # the likelier cause
+    good = (row for row in inputs.supervised() if isinstance(row, SupervisedExample))
+    first = next(good, None)
+    if first is None:
+        bad = BadRows()
+        for row in chain((row for row, _ in inputs.preferences()), inputs.supervised()):
+            if isinstance(row, BadRow):
+                bad.add(row)
+        _judge(bad, on_bad_row, params)  # the likelier cause
         raise RequestError(
             "model.scratch trains its tokenizer on the sft rows, and there are none; choose a prepare.sft.source "
             "(files, pairs or demo), or give model.name."
         )
-    texts = (text for example in inputs.supervised for text in (readable(example.prompt), text_of(example.completion)))
+    examples = chain([first], good)
+    texts = (text for example in examples for text in (readable(example.prompt), text_of(example.completion)))
     return train_tokenizer(texts, model.scratch.vocabulary_size)
 
 
-def _judge(bad: list[BadRow], on_bad_row: str, params: PrepareParams) -> None:
+def _judge(bad: BadRows, on_bad_row: str, params: PrepareParams) -> None:
     """Raise RequestError for bad rows, or with "skip" say so in one line on stderr."""
-    if not bad:
+    if not bad.count:
         return
-    rows = "1 bad row" if len(bad) == 1 else f"{len(bad)} bad rows"
+    rows = "1 bad row" if bad.count == 1 else f"{bad.count} bad rows"
     origin = params.input if params.source == "files" else params.hub.dataset if params.hub else "the demo"
     if on_bad_row == "skip":
-        print(f"Warning: {origin}: skipped {rows}; the first is {bad[0].where}: {bad[0].reason}", file=sys.stderr)
+        first = bad.first[0]
+        print(f"Warning: {origin}: skipped {rows}; the first is {first.where}: {first.reason}", file=sys.stderr)
         return
     lines = [f"{origin} has {rows}; nothing was written."]
-    lines += [f"  {row.where}: {row.reason}" for row in bad[:SHOWN_BAD_ROWS]]
-    lines += [f"  and {len(bad) - SHOWN_BAD_ROWS} more"] if len(bad) > SHOWN_BAD_ROWS else []
+    lines += [f"  {row.where}: {row.reason}" for row in bad.first[:SHOWN_BAD_ROWS]]
+    lines += [f"  and {bad.count - SHOWN_BAD_ROWS} more"] if bad.count > SHOWN_BAD_ROWS else []
     lines += ["Correct the input, or leave such rows out: --on-bad-row skip (or prepare.on_bad_row: skip)."]
     raise RequestError("\n".join(lines))
 
 
-def _need_rows(params: PrepareParams, tables: PairTables, supervised: SupervisedTable, bad: list[BadRow]) -> None:
-    counts = tables.counts
+def _need_rows(params: PrepareParams, counts: dict[str, Any], supervised: dict[str, Any], bad: BadRows) -> None:
     for side in ("train", "test"):
         given = side == "train" or (params.files and params.files.test_pairs) or (params.hub and params.hub.test_split)
         if given and counts["pairs"][side] == 0:
             raise RequestError(
-                f"no usable {side} pair is left: {len(bad)} bad rows skipped, "
+                f"no usable {side} pair is left: {bad.count} bad rows skipped, "
                 f"{counts['dropped_pairs_prompt_too_long']} pairs with a prompt above prepare.max_prompt_tokens "
                 f"({params.max_prompt_tokens}) dropped, {counts['train_prompts_also_in_test']} train prompts also in "
                 f"test (prepare.test_share is {params.test_share})."
             )
-    if params.sft.source != "none" and supervised.counts["sft_rows"] == 0:
+    if params.sft.source != "none" and supervised["sft_rows"] == 0:
         share = f"; prepare.sft.pairs_share ({params.sft.pairs_share}) selects prompts" * (params.sft.source == "pairs")
         raise RequestError(f"no usable sft row is left{share}; see prepare.sft and prepare.max_prompt_tokens.")
     if counts["pairs"]["test"] == 0:
         print(f"Warning: no test pair (prepare.test_share is {params.test_share}).", file=sys.stderr)
+
+
+@contextmanager
+def _spool_folder(summary: Path) -> Iterator[Path]:
+    """A folder beside the summary that is gone when the block ends; of a run that was killed, when the next begins."""
+    folder = summary.with_name(f".{summary.name}.spool")
+    _remove(folder)
+    try:
+        yield folder
+    finally:
+        _remove(folder)
 
 
 def _refuse_foreign_folder(tokenizer: Path) -> None:
@@ -149,6 +190,7 @@ def _refuse_foreign_folder(tokenizer: Path) -> None:
 def _staged(outputs: Sequence[Path]) -> Iterator[list[Path]]:
     """Paths beside `outputs` to write to; when the block ends well each takes its output's place, else they vanish."""
     staged = [path.with_name(f".{path.name}.new") for path in outputs]
+    made = [folder for path in outputs for folder in [path.parent, *path.parent.parents] if not folder.exists()]
     try:
         for path in staged:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +201,9 @@ def _staged(outputs: Sequence[Path]) -> Iterator[list[Path]]:
     finally:
         for path in staged:
             _remove(path)
+        for folder in sorted(set(made), reverse=True):
+            with suppress(OSError):  # it holds an output
+                folder.rmdir()
 
 
 def _replace(new: Path, path: Path) -> None:

@@ -8,6 +8,7 @@ PREPARED/pairs/responses.parquet  one row per distinct response under its prompt
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import polars as pl
 import pyarrow as pa
@@ -61,10 +62,43 @@ PAIRS_SCHEMA = pa.schema(
 PAIR_SIDES = ["chosen_key", "rejected_key"]
 
 
+ROW_GROUP_ROWS = 2000
+
+
+class TableWriter:
+    """Writes Parquet as its rows come; the same rows give the same bytes, however they were cut."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._schema = schema
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd", compression_level=3)
+        self._waiting = schema.empty_table()
+        self._empty = True
+
+    def write(self, table: pa.Table) -> None:
+        table = pa.concat_tables([self._waiting, table.cast(self._schema)])
+        whole = table.num_rows - table.num_rows % ROW_GROUP_ROWS
+        for start in range(0, whole, ROW_GROUP_ROWS):
+            self._write(table.slice(start, ROW_GROUP_ROWS).combine_chunks())
+        self._waiting = table.slice(whole).combine_chunks()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._waiting.num_rows or self._empty:
+            self._write(self._waiting)
+        self._writer.close()
+
+    def _write(self, group: pa.Table) -> None:
+        self._writer.write_table(group)
+        self._empty = False
+
+
 def write_table(table: pa.Table, path: Path, schema: pa.Schema) -> None:
-    """Write `table` as Parquet; the same rows give the same bytes. Row order is the caller's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table.cast(schema), path, compression="zstd", compression_level=3, row_group_size=2000)
+    """Write `table` as Parquet. Row order is the caller's."""
+    with TableWriter(path, schema) as writer:
+        writer.write(table)
 
 
 def read_sft(path: Path) -> pl.DataFrame:

@@ -1,7 +1,8 @@
 """params.yaml as strict sections; a stage receives its own, never the whole file. No torch."""
 
-from pipeline.params.data import ColumnNames, DemoParams, HubParams, ModelParams, PrepareParams, ScratchModel
+from pipeline.params.data import DemoParams, HubParams, ModelParams, PrepareParams, ScratchModel
 from pipeline.params.file import Params, load_params
+from pipeline.params.forms import ColumnNames, FormName, PreferredParams, RankedParams
 from pipeline.params.objectives import AnyVariant, AuxDPO
 from pipeline.params.scoring import EvaluateParams, ScoreParams, SketchParams
 from pipeline.params.training import (
@@ -21,6 +22,7 @@ __all__ = [
     "ColumnNames",
     "DemoParams",
     "EvaluateParams",
+    "FormName",
     "HubParams",
     "LastFraction",
     "LoopParams",
@@ -28,7 +30,9 @@ __all__ = [
     "LoraShape",
     "ModelParams",
     "Params",
+    "PreferredParams",
     "PrepareParams",
+    "RankedParams",
     "ScoreParams",
     "ScratchModel",
     "SftParams",

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from pipeline.params.forms import ColumnNames, FormName, PreferredParams, RankedParams
 from pipeline.params.ranges import NonNegative, Positive, Section, Share
 
 
@@ -70,18 +71,6 @@ class SftRowsParams(Section):
     pairs_files: list[str] = Field(default_factory=list)
 
 
-class ColumnNames(Section):
-    """Column names in the input. `category` and the rewards are optional; a missing `prompt` means implicit prompts."""
-
-    prompt: str = "prompt"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
-    completion: str = "completion"
-    category: str = "category"
-    chosen_reward: str = "chosen_reward"
-    rejected_reward: str = "rejected_reward"
-
-
 class PrepareParams(Section):
     source: Literal["demo", "files", "hub"] = "demo"
     input: str = "data/input"  # folder of the files; DVC watches it
@@ -89,6 +78,10 @@ class PrepareParams(Section):
     files: FilesParams | None = None
     hub: HubParams | None = None
     columns: ColumnNames = ColumnNames()
+    form: FormName = "auto"  # how rows are published (docs/data.md); auto: found by their columns, row by row
+    preferred: PreferredParams | None = None  # two responses and a column that says which is better
+    ranked: RankedParams | None = None  # a list of responses with scores
+    wrong_options: Literal["one", "all"] = "one"  # of a multiple-choice question, against the right one
     sft: SftRowsParams = SftRowsParams()
     chat_template: Literal["auto", "never"] | str = "auto"  # or a path to a jinja file
     max_tokens: Positive = 1024  # prompt and response together; responses keep their start
@@ -104,6 +97,7 @@ class PrepareParams(Section):
             raise ValueError("source: files needs prepare.files.pairs (a list of file names under prepare.input)")
         if self.source == "hub" and self.hub is None:
             raise ValueError("source: hub needs prepare.hub.dataset")
+        self._form_is_described()
         if self.max_prompt_tokens >= self.max_tokens:
             raise ValueError(
                 f"max_prompt_tokens ({self.max_prompt_tokens}) must be below max_tokens ({self.max_tokens})"
@@ -117,3 +111,18 @@ class PrepareParams(Section):
         if self.sft.source == "pairs" and foreign:
             raise ValueError(f"sft.pairs_files names {foreign}, which are not among prepare.files.pairs {pairs_files}")
         return self
+
+    def _form_is_described(self) -> None:
+        ranked = self.ranked is not None and self.ranked.column is not None
+        if self.preferred is not None and ranked:
+            raise ValueError("prepare.preferred and prepare.ranked.column are two forms; keep one")
+        if self.preferred is None and self.form == "preferred":
+            raise ValueError("form: preferred needs prepare.preferred: {column, a, b, a_wins, b_wins}")
+        if not ranked and self.form == "ranked":
+            raise ValueError("form: ranked needs prepare.ranked: {column, text, score}")
+        if self.ranked is not None and ranked and self.ranked.score is None:
+            raise ValueError("prepare.ranked.column needs prepare.ranked.score, by which its responses are ranked")
+        if self.preferred is not None and self.form not in ("auto", "preferred"):
+            raise ValueError(f"prepare.preferred goes with form: preferred (or auto), found {self.form}")
+        if ranked and self.form not in ("auto", "ranked"):
+            raise ValueError(f"prepare.ranked.column goes with form: ranked (or auto), found {self.form}")

@@ -73,7 +73,7 @@ def test_each_kind_is_counted_and_told_with_a_hint(prepared, rows, name, count, 
 
 
 def test_columns_that_nothing_was_taken_from_are_named(prepared):
-    row = {"prompt": "a?", "chosen": "b", "rejected": "c", "system": "Be brief.", "score": 3, "kind": "sums"}
+    row = {"prompt": "a?", "chosen": "b", "rejected": "c", "sistem": "Be brief.", "score": 3, "kind": "sums"}
     summary, said = prepared(row, category="kind")
-    assert summary["unused_columns"] == ["score", "system"]
-    assert "columns not used: score, system" in said
+    assert summary["unused_columns"] == ["score", "sistem"]
+    assert "columns not used: score, sistem" in said

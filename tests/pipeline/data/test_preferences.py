@@ -3,10 +3,11 @@
 import pytest
 
 from pipeline.data.dialogues import Message, readable
-from pipeline.data.files import BadRow, Row
-from pipeline.data.preferences import Preference, SupervisedExample, parse_preferences, parse_supervised
+from pipeline.data.preferences import Preference, SupervisedExample, parse_pair, parse_supervised
 from pipeline.errors import RequestError
-from pipeline.params import ColumnNames
+from pipeline.params import ColumnNames, PrepareParams
+from pipeline.published.files import BadRow, Row
+from pipeline.published.forms import PairForms
 
 COLUMNS = ColumnNames()
 
@@ -19,8 +20,12 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
-def parse(values, *, chat=True, columns=COLUMNS):
-    return list(parse_preferences(Row("f:7", values), columns, chat=chat))
+def parse(values, *, chat=True, **params):
+    row = Row("f:7", values)
+    settings = {"source": "files", "files": {"pairs": ["f"]}, "sft": {"source": "none"}}
+    found = PairForms(PrepareParams.model_validate(settings | params)).pairs(row)
+    parsed = [[part] if isinstance(part, BadRow) else parse_pair(part, row.where, chat=chat) for part in found]
+    return [preference for part in parsed for preference in part]
 
 
 def only(values, **options):
@@ -118,7 +123,7 @@ def test_one_bad_alternative_is_named_and_the_others_stay():
 
 
 def test_columns_can_be_renamed_and_a_single_reward_serves_all():
-    columns = ColumnNames(prompt="question", chosen="yes", rejected="no", category="kind", chosen_reward="score")
+    columns = {"prompt": "question", "chosen": "yes", "rejected": "no", "category": "kind", "chosen_reward": "score"}
     values = {"question": "2+2?", "yes": ["4", "four"], "no": "5", "kind": 3, "score": 1}
     first, second = parse(values, columns=columns)
     assert (first.category, first.chosen_reward, second.chosen_reward) == ("3", 1.0, 1.0)
@@ -155,7 +160,8 @@ HEAD = "\n\nHuman: 2+2?\n\nAssistant:"
         (GOOD | {"chosen_reward": True}, "expected a number"),
         (GOOD | {"chosen_reward": float("inf")}, "expected a finite number"),
         (GOOD | {"rejected_reward": [1, 2]}, "rejected_reward holds 2 numbers for 1 responses"),
-        (GOOD | {"category": ["a"]}, "category is list, expected text"),
+        (GOOD | {"category": {"a": 1}}, "category is dict, expected text"),
+        (GOOD | {"category": ["a", 1]}, "category is list, expected text or a list of texts"),
         (GOOD | {"chosen": [{"role": "assistant"}]}, "message 0 of chosen needs the texts role and content"),
         (GOOD | {"chosen": [{"role": "assistant", "content": None}]}, "found {role: str, content: NoneType}"),
         (GOOD | {"chosen": [{"speaker": "gpt", "value": "4"}]}, "found {speaker: str, value: str}"),

@@ -290,7 +290,9 @@ def test_bad_rows_are_reported_before_what_follows_from_them(tmp_path, plain_mod
     """Other column names leave no pair, hence no sft row: the columns are the cause."""
     write_jsonl(tmp_path / "in" / "pairs.jsonl", [{"question": "Say hi", "better": "Hi", "worse": "No"}])
     for model in (plain_model, ModelParams.model_validate({"scratch": {}})):
-        with pytest.raises(RequestError, match=r"pairs\.jsonl:1: no column 'chosen' \(found 'question', 'better'"):
+        with pytest.raises(
+            RequestError, match=r"pairs\.jsonl:1: no column 'chosen' or 'rejected' \(found 'question', 'better'"
+        ):
             prepare_into(tmp_path / "out", file_params(tmp_path / "in", sft={"source": "pairs"}), model)
 
 

@@ -3,10 +3,10 @@
 import datasets
 import pytest
 
-from pipeline.data.sources import read_dataset
 from pipeline.data.tables import read_pairs, read_sft
 from pipeline.errors import RequestError
 from pipeline.params import HubParams, PrepareParams
+from pipeline.published.sources import Dataset
 from tests.pipeline.data.preparing import pair_rows, prepare_into, write_jsonl
 
 
@@ -61,8 +61,8 @@ def test_a_folder_of_files_is_split_by_prompt_and_may_be_named_by_its_path(tmp_p
 
 
 def test_rows_selected_from_a_dataset_keep_their_order_and_places(saved, monkeypatch):
-    monkeypatch.setattr("pipeline.data.sources.BATCH_ROWS", 5)
-    rows = list(read_dataset(HubParams(dataset="saved"), "train_prefs", saved))
+    monkeypatch.setattr("pipeline.published.sources.BATCH_ROWS", 5)
+    rows = list(Dataset(HubParams(dataset="saved"), "train_prefs", saved).rows())
     assert [row.where for row in rows] == [f"saved:train_prefs[{n}]" for n in range(12)]
     assert [row.values["prompt"] for row in rows] == [row["prompt"] for row in pair_rows(12)]
 

@@ -72,6 +72,21 @@ def read_file(folder: Path, name: str) -> Iterator[Row | BadRow]:
         raise RequestError(f"{path} is empty; expected at least one row.")
 
 
+def count_rows(folder: Path, name: str) -> int:
+    """About how many rows `folder / name` has, for a progress bar; 0 for a file that can't be read, as readers say."""
+    path = folder / name
+    kind = _kind(path)
+    try:
+        if kind == ".parquet":
+            return int(pq.read_metadata(path).num_rows)
+        with _open(path) as file:
+            if kind != ".csv" and not _is_array(file):
+                return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(_CHUNK), b""))
+        return sum(1 for _ in read_file(folder, name))
+    except (OSError, EOFError, pa.ArrowException, RequestError):
+        return 0
+
+
 def table_rows(table: pa.Table | pa.RecordBatch, name: str, start: int) -> Iterator[Row | BadRow]:
     """The rows of an Arrow table, the first of which is number `start` of `name`; columns of JSON text are decoded."""
     decoders = {field.name: decoder for field in table.schema if (decoder := _decoder(field.type)) is not None}

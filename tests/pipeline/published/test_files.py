@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.files import BadRow, Row, find_files, read_file
 from pipeline.errors import RequestError
+from pipeline.published.files import BadRow, Row, find_files, read_file
 
 
 def read(path):
@@ -56,7 +56,7 @@ def test_a_whole_surrogate_pair_is_good_json(tmp_path):
 
 
 def test_parquet_rows_count_from_zero_across_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.data.files.BATCH_ROWS", 2)
+    monkeypatch.setattr("pipeline.published.files.BATCH_ROWS", 2)
     pq.write_table(pa.table({"a": [1, 2, 3], "m": [[{"role": "user"}]] * 3}), tmp_path / "rows.parquet")
     rows = read(tmp_path / "rows.parquet")
     assert [row.where for row in rows] == ["rows.parquet[0]", "rows.parquet[1]", "rows.parquet[2]"]
@@ -129,7 +129,7 @@ def test_the_same_rows_come_out_of_every_format(tmp_path, packed):
 
 
 def test_arrays_are_read_across_pieces_and_name_the_element(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.data.files._CHUNK", 7)
+    monkeypatch.setattr("pipeline.published.files._CHUNK", 7)
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([*ROWS, 3, {"half": "\ud83d"}]))
     *rows, number, half = read(path)

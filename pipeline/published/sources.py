@@ -4,21 +4,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.files import BATCH_ROWS, BadRow, Row, table_rows
 from pipeline.errors import RequestError
 from pipeline.params import HubParams
+from pipeline.published.files import BATCH_ROWS, BadRow, Row, table_rows
 
 
-def read_dataset(params: HubParams, split: str, folder: Path) -> Iterator[Row | BadRow]:
-    """The rows of one split of a hub dataset, or of a local dataset folder (under `folder` or the working directory).
+class Dataset:
+    """One split of a hub dataset, or of a local dataset folder (under `folder` or the working directory).
 
     Raises RequestError for an unknown dataset, config or split, an unreachable hub, or an empty dataset.
     """
-    dataset = _load_dataset(params, split, folder)
-    start = 0
-    for table in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
-        yield from table_rows(table, f"{params.dataset}:{split}", start)
-        start += table.num_rows
+
+    def __init__(self, params: HubParams, split: str, folder: Path) -> None:
+        self._name = f"{params.dataset}:{split}"
+        self._dataset = _load_dataset(params, split, folder)
+
+    def count(self) -> int:
+        return int(self._dataset.num_rows)
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        start = 0
+        for table in self._dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
+            yield from table_rows(table, self._name, start)
+            start += table.num_rows
 
 
 def _load_dataset(params: HubParams, split: str, folder: Path) -> Any:
