@@ -32,6 +32,7 @@ _ROLE_OF = {"Human": "user", "Assistant": "assistant"}
 _ROLES = dict.fromkeys(("human", "Human", "User", "USER"), "user")
 _ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "Assistant", "ASSISTANT"), "assistant")
 _ROLES |= dict.fromkeys(("System", "SYSTEM"), "system")
+_ROLES |= {"observation": "tool"}  # of LLaMA-Factory's sharegpt form, whose calls are turns of function_call
 
 
 class BadDialogue(ValueError):
@@ -57,7 +58,18 @@ def _message(item: dict[str, Any], what: str) -> Message:
         content = _joined(content, what)
     if not isinstance(role, str) or not isinstance(content, str):
         raise BadDialogue(f"{what} needs the texts role and content, found {_shape(item)}")
+    if role == "function_call":
+        return Message("assistant", "", json_text(extra | {"tool_calls": _calls(content, what)}))
     return Message(_ROLES.get(role, role), content, json_text(extra))
+
+
+def _calls(content: str, what: str) -> list[dict[str, Any]]:
+    """{"name", "arguments"}, or a list of such, in JSON."""
+    try:
+        calls = json.loads(content)
+    except ValueError as error:
+        raise BadDialogue(f"{what} is a function_call without JSON: {error}") from None
+    return [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
 
 
 def json_text(value: dict[str, Any]) -> str:

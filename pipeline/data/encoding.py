@@ -7,7 +7,8 @@ ends with its end-of-turn token, then both are cut to the limits. docs/data.md s
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import date
 from typing import Any, Literal, NamedTuple
@@ -78,6 +79,10 @@ class Encoder:
         self._chat = chat
         self._limits = limits
         self._ends = _end_tokens(tokenizer)
+        self.special_tokens = sorted({tokenizer.convert_ids_to_tokens(token) for token in self._ends})
+        closed = "|".join(re.escape(token) for token in self.special_tokens)
+        self._closed = re.compile(rf"(\s*({closed}))+\s*\Z") if closed else None
+        self.unrendered: Counter[str] = Counter()  # distinct prompts or responses whose field the template drops
         self._adds_eos = not chat and _adds_eos(tokenizer)
         self._opening = 0 if chat else _opening(tokenizer)
         self._marks_beginnings = _marks_beginnings(tokenizer)
@@ -157,7 +162,19 @@ class Encoder:
             return _plain(prompt)
         text = self._template(prompt, add_generation_prompt=True)
         self._require_all_turns(prompt, text)
+        assert isinstance(prompt[0], Message)
+        context = json.loads(prompt[0].context or "{}")
+        settings = context.pop("chat_template_kwargs", {})
+        self._note_unrendered(context, text)
+        self.unrendered.update(name for name in settings if name not in str(self._tokenizer.chat_template))
         return _THINK.sub("", text)
+
+    def _note_unrendered(self, fields: dict[str, Any], text: str) -> None:
+        """Count the fields of which no word is in the text."""
+        for name, value in fields.items():
+            words = [word for word in _words(value) if word.strip()]
+            if words and not any(word.strip() in text for word in words):
+                self.unrendered[name] += 1
 
     def _require_all_turns(self, prompt: Prompt, text: str) -> None:
         """_Refused for a turn of which the template renders nothing, as of a role that it does not know."""
@@ -185,7 +202,10 @@ class Encoder:
     def _added(self, start: _Start, response: Answer) -> str:
         """What the whole dialogue adds to its prompt. Raises _Refused where it does not begin with it."""
         last = Message("assistant", response) if isinstance(response, str) else response
+        if self._closed is not None and self._closed.search(last.content):  # rendered before: the template closes it
+            last = last._replace(content=self._closed.sub("", last.content))
         whole = self._template((*start.prompt, last), add_generation_prompt=False)
+        self._note_unrendered(json.loads(last.extra or "{}"), whole[len(start.text) :])
         if not whole.startswith(start.text):
             common = next((i for i, (a, b) in enumerate(zip(start.text, whole, strict=False)) if a != b), len(whole))
             raise _Refused(
@@ -276,7 +296,7 @@ class Encoder:
         while last >= 0 and int(ids[last]) not in self._ends and self._is_blank(int(ids[last])):
             last -= 1
         if last >= 0 and int(ids[last]) in self._ends:
-            return ids[: last + 1]
+            return ids[: self._first_of_run(ids, last) + 1]
         eos = self._tokenizer.eos_token_id
         if eos is None:
             raise RequestError(
@@ -286,9 +306,18 @@ class Encoder:
             )
         return np.append(ids, np.int32(eos))
 
+    def _first_of_run(self, ids: np.ndarray, last: int) -> int:
+        """Where the end token at `last` stands first, if nothing but itself and white space lies between."""
+        first = place = last
+        while place > 0 and (ids[place - 1] == ids[last] or self._is_blank(int(ids[place - 1]))):
+            place -= 1
+            if ids[place] == ids[last]:
+                first = place
+        return first
+
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:
-            self._blank[token] = not self._tokenizer.decode([token]).strip()
+            self._blank[token] = not self._tokenizer.decode([token]).strip() and token not in self._ends
         return self._blank[token]
 
 
@@ -297,6 +326,15 @@ def _context(messages: Sequence[Message]) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(messages[0].context) if messages and messages[0].context else {}
     own: dict[str, Any] = found.pop("chat_template_kwargs", {})
     return own | found
+
+
+def _words(value: Any) -> Iterator[str]:
+    """All texts in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _words(part)
 
 
 def _plain(prompt: Prompt) -> str:

@@ -66,9 +66,13 @@ def tell(counts: dict[str, Any]) -> None:
     """One line on stderr for each that there is; counts as in summary.json."""
     for form, rows in counts["forms"].items():
         if FORMS[form].says:
-            print(f"prepare: {rows:,} rows read as {form}: {FORMS[form].says}", file=sys.stderr)
+            print(f"prepare: {rows:,} row{'s' * (rows > 1)} read as {form}: {FORMS[form].says}", file=sys.stderr)
     if counts["dropped_ties"]:
-        print(f"prepare: {counts['dropped_ties']:,} pairs left out as ties", file=sys.stderr)
+        print(f"prepare: ties left out: {counts['dropped_ties']:,}", file=sys.stderr)
+    for name, dialogues in counts["fields_not_rendered"].items():
+        print(
+            f"prepare: the chat template renders nothing of {name} in {dialogues:,} of the dialogues", file=sys.stderr
+        )
     if counts["unused_columns"]:
         names = ", ".join(counts["unused_columns"])
         print(f"prepare: columns not used: {names}. prepare.columns names those that are.", file=sys.stderr)

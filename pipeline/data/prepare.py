@@ -86,7 +86,7 @@ def _prepare(
         supervised = write_supervised(inputs.supervised(), encoder, writer, sft_bad)
     _judge(bad, on_bad_row, params)
     kept = spool.close()
-    counts, noticed = PairCounts(kept, long), Notices(tokenizer.all_special_tokens)
+    counts, noticed = PairCounts(kept, long), Notices(encoder.special_tokens if chat else [])
     noticed.add_keys(kept.keys)
     _write_pairs(spool, kept, to, [counts, noticed])
     _need_rows(params, counts.counts(), supervised, bad)
@@ -95,6 +95,7 @@ def _prepare(
     summary = {**counts.counts(), **supervised, "vocabulary_size": len(tokenizer), "skipped_rows": skipped}
     summary |= noticed.counts | {"unused_columns": sorted(forms.unused)}
     summary |= {"forms": dict(forms.found), "dropped_ties": forms.ties}
+    summary |= {"fields_not_rendered": dict(sorted(encoder.unrendered.items()))}
     tell(summary)
     write_json(to.summary, summary, indent=2)
     return summary
@@ -143,7 +144,9 @@ def _judge(bad: BadRows, on_bad_row: str, params: PrepareParams) -> None:
         print(f"Warning: {origin}: skipped {rows}; the first is {first.where}: {first.reason}", file=sys.stderr)
         return
     lines = [f"{origin} has {rows}; nothing was written."]
-    lines += [f"  {row.where}: {row.reason}" for row in bad.first[:SHOWN_BAD_ROWS]]
+    reasons = [row.reason for row in bad.first]
+    for row, before in zip(bad.first[:SHOWN_BAD_ROWS], [None, *reasons], strict=False):
+        lines.append(f"  {row.where}: {'the same' if row.reason == before else row.reason}")
     lines += [f"  and {bad.count - SHOWN_BAD_ROWS} more"] if bad.count > SHOWN_BAD_ROWS else []
     lines += ["Correct the input, or leave such rows out: --on-bad-row skip (or prepare.on_bad_row: skip)."]
     raise RequestError("\n".join(lines))

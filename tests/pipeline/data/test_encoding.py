@@ -180,3 +180,32 @@ def test_a_block_of_thoughts_that_is_only_asked_for_belongs_to_no_prompt(asked, 
     assert [texts(tokenizer, encoded) for encoded in found] == [
         ("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n", f"{said}{answer}<|im_end|>") for answer in answers
     ]
+
+
+# The assistant's turn inside {% generation %}, as TRL's training templates mark what is trained on; the last one opens
+# with a block of thoughts, empty where there are none.
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}[a]{% generation %}"
+    "{% if loop.last %}<think>{{ m.reasoning_content or '' }}</think>{% endif %}{{ m.content }}</s>"
+    "{% endgeneration %}{% else %}[u]{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[a]{% if not think %}<think></think>{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("thoughts", ["", "four"])
+@pytest.mark.parametrize("prompt", [ASK, DIALOGUE])
+def test_the_response_is_what_transformers_masks_as_the_assistants(prompt, thoughts):
+    """Where a template says itself which tokens the assistant's are, the rule about blocks of thoughts agrees."""
+    tokenizer = byte_tokenizer(["</s>"], eos="</s>", template=MARKED)
+    answer = Message("assistant", "4", '{"reasoning_content": "four"}') if thoughts else "4"
+    found = encode_one(tokenizer, prompt, answer)
+    messages = [message.for_template() for message in prompt]
+    marked = tokenizer.apply_chat_template(
+        [*messages, {"role": "assistant", "content": "4", "reasoning_content": thoughts}],
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    ids, mask = marked["input_ids"], marked["assistant_masks"]
+    first = len(mask) - mask[::-1].index(0)  # of the last marked run
+    assert found.response_ids.tolist() == ids[first:]
+    assert found.prompt_ids.tolist() == ids[:first]

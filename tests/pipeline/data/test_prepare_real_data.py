@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 
 from pipeline.data.tables import read_pairs, read_responses, read_sft
+from pipeline.errors import RequestError
 from pipeline.params import ModelParams
 from tests import ROOT
 from tests.pipeline.data import chat_tokenizers
@@ -52,3 +53,27 @@ def test_instructions_of_all_kinds_have_bad_rows_that_are_found(tmp_path_factory
     assert {"where": "pairs-train.jsonl:479", "reason": "rejected is empty"} in skipped["examples"]
     assert sum(summary["pairs"].values()) + summary["dropped_pairs_prompt_too_long"] == 994
     assert summary["tokens"]["longest_sequence"] == 4096
+
+
+REFUSED = {
+    "06-roles.jsonl": r"06-roles\.jsonl:3: the chat template renders nothing of turn 1, whose role is 'developer'",
+    "26-implicit-text.jsonl": "prepare.chat_template: never",
+    "40-hidden-cause.jsonl": r"no column 'chosen' or 'rejected' \(found 'question', 'better', 'worse'\)",
+}
+UNPAIRED = {"25-kto.jsonl"}
+
+
+def test_made_up_files_in_published_schemas_are_read_or_say_why_not(tmp_path):
+    folder = data_folder("schemas")
+    template = (folder / "qwenlike.jinja").read_text()
+    chat_tokenizers.byte_tokenizer(["<|end|>"], eos="<|end|>", template=template).save_pretrained(tmp_path / "model")
+    model = ModelParams(name=str(tmp_path / "model"))
+    files = sorted(path.name for path in folder.iterdir() if path.name[:2].isdigit() and path.is_file())
+    assert len(files) >= 25
+    for name in set(files) - UNPAIRED:
+        params = file_params(folder, files={"pairs": [name]}, sft={"source": "none"}, test_share=0.0)
+        if name in REFUSED:
+            with pytest.raises(RequestError, match=REFUSED[name]):
+                prepare_into(tmp_path / "out", params, model)
+        else:
+            assert prepare_into(tmp_path / "out", params, model)["pairs"]["train"] > 0, name
