@@ -34,7 +34,7 @@ ARROWS = {
     " reference.identity reference.drift",
     "upkeep": "params model trainable forward data sketches auxdpo engine.rows reference",
 }
-OPEN = {"errors", "files", "progress", "workspace"}  # modules of pipeline/ itself, for every room
+OPEN = {"errors", "files", "hub", "progress", "workspace"}  # modules of pipeline/ itself, for every room
 ENGINES = {"vllm": "pipeline/engine/vllm_engine.py", "deepspeed": "pipeline/training/deepspeed_engine.py"}
 ENGINE_FREE = ["params", "objectives", "report", "model", "trainable", "forward", "published", "data"]
 ENGINE_FREE += ["sketches", "auxdpo"]

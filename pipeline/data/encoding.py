@@ -80,8 +80,6 @@ class Encoder:
         self._limits = limits
         self._ends = _end_tokens(tokenizer)
         self.special_tokens = sorted({tokenizer.convert_ids_to_tokens(token) for token in self._ends})
-        closed = "|".join(re.escape(token) for token in self.special_tokens)
-        self._closed = re.compile(rf"(\s*({closed}))+\s*\Z") if closed else None
         self.unrendered: Counter[str] = Counter()  # distinct prompts or responses whose field the template drops
         self._adds_eos = not chat and _adds_eos(tokenizer)
         self._opening = 0 if chat else _opening(tokenizer)
@@ -163,11 +161,21 @@ class Encoder:
         text = self._template(prompt, add_generation_prompt=True)
         self._require_all_turns(prompt, text)
         assert isinstance(prompt[0], Message)
-        context = json.loads(prompt[0].context or "{}")
-        settings = context.pop("chat_template_kwargs", {})
-        self._note_unrendered(context, text)
-        self.unrendered.update(name for name in settings if name not in str(self._tokenizer.chat_template))
+        if prompt[0].context:
+            context = json.loads(prompt[0].context)
+            settings = context.pop("chat_template_kwargs", {})
+            self._note_unrendered(context, text)
+            self.unrendered.update(name for name in settings if name not in str(self._tokenizer.chat_template))
         return _THINK.sub("", text)
+
+    def _unclosed(self, content: str) -> str:
+        """Without the special tokens that a text which was rendered before ends with; the template closes it again."""
+        ends = tuple(self.special_tokens)
+        stripped = content.rstrip()
+        while stripped.endswith(ends):
+            token = max((end for end in ends if stripped.endswith(end)), key=len)
+            content = stripped = stripped.removesuffix(token).rstrip()
+        return content
 
     def _note_unrendered(self, fields: dict[str, Any], text: str) -> None:
         """Count the fields of which no word is in the text."""
@@ -202,10 +210,10 @@ class Encoder:
     def _added(self, start: _Start, response: Answer) -> str:
         """What the whole dialogue adds to its prompt. Raises _Refused where it does not begin with it."""
         last = Message("assistant", response) if isinstance(response, str) else response
-        if self._closed is not None and self._closed.search(last.content):  # rendered before: the template closes it
-            last = last._replace(content=self._closed.sub("", last.content))
+        last = last._replace(content=self._unclosed(last.content))
         whole = self._template((*start.prompt, last), add_generation_prompt=False)
-        self._note_unrendered(json.loads(last.extra or "{}"), whole[len(start.text) :])
+        if last.extra:
+            self._note_unrendered(json.loads(last.extra), whole[len(start.text) :])
         if not whole.startswith(start.text):
             common = next((i for i, (a, b) in enumerate(zip(start.text, whole, strict=False)) if a != b), len(whole))
             raise _Refused(

@@ -1,7 +1,8 @@
 """Preferences and supervised examples -> the tables of pipeline/data/tables.py, in batches; all left out is counted."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
@@ -24,8 +25,10 @@ from pipeline.params import PrepareParams
 from pipeline.progress import Advance
 from pipeline.published.files import BadRow
 
-BATCH_ROWS = 2000  # pairs or sft rows that are in memory at once
+BATCH_ROWS = 1000  # pairs or sft rows that are in memory at once
 KEPT_BAD_ROWS = 20
+
+_Batch = list[tuple[Preference | BadRow, str | None]]  # with the side; None: by the prompt's hash
 
 
 @dataclass
@@ -62,26 +65,38 @@ def spool_pairs(
     """Encode, key and split all that is usable into `spool`. A split of None: by the prompt's hash."""
     long = LongPrompts()
     rows, done = inputs.preferences(), 0
-    while batch := list(islice(rows, BATCH_ROWS)):
-        usable = []
-        for preference, split in batch:
-            if isinstance(preference, BadRow):
-                bad.add(preference)
-            else:
-                usable.append((preference, split))
-        pairs = list(_encoded(usable, encoder, params, long, bad))
+    batches: deque[tuple[_Batch, Future[list[Encoded | Unusable]]]] = deque()
+
+    def finish() -> None:
+        batch, encoded = batches.popleft()
+        pairs = list(_encoded(batch, encoded.result(), params, long, bad))
         if pairs:
             spool.add(*_columns(pairs))
-        advance(inputs.rows_read - done)
-        done = inputs.rows_read
+
+    # The tokenizer works on all cores and without Python's lock, so the next rows are read meanwhile.
+    with ThreadPoolExecutor(1) as pool:
+        while batch := list(islice(rows, BATCH_ROWS)):
+            texts = [
+                (p.prompt, answer) for p, _ in batch if isinstance(p, Preference) for answer in (p.chosen, p.rejected)
+            ]
+            batches.append((batch, pool.submit(encoder.encode, texts)))
+            if len(batches) > 1:
+                finish()
+            advance(inputs.rows_read - done)
+            done = inputs.rows_read
+        while batches:
+            finish()
     return long
 
 
 def _encoded(
-    batch: list[tuple[Preference, str | None]], encoder: Encoder, params: PrepareParams, long: LongPrompts, bad: BadRows
+    batch: _Batch, results: list[Encoded | Unusable], params: PrepareParams, long: LongPrompts, bad: BadRows
 ) -> Iterator[_Pair]:
-    encoded = iter(encoder.encode([(p.prompt, text) for p, _ in batch for text in (p.chosen, p.rejected)]))
+    encoded = iter(results)
     for preference, split in batch:
+        if isinstance(preference, BadRow):
+            bad.add(preference)
+            continue
         chosen, rejected = next(encoded), next(encoded)
         if isinstance(chosen, Unusable) or isinstance(rejected, Unusable):
             failed = next(side for side in (chosen, rejected) if isinstance(side, Unusable))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import RequestError
+from pipeline.hub import meet_hub
 from pipeline.model.digests import refuse_pointer, tensor_files
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ def translated(source: str | Path, *, what: str = "", remedy: str = _REMEDY) -> 
 
     what: the message's first words instead of the source.
     """
+    if not Path(source).exists():
+        meet_hub()
     try:
         yield
     except RequestError:

@@ -62,13 +62,15 @@ def open_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     Beside a config.json of some architectures (Qwen2), AutoTokenizer replaces a generic tokenizer by the architecture's
     own class, which adds a token that the model has no embedding for.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     with translated(folder, remedy="It must hold a transformers tokenizer: tokenizer.json, or an older form's files."):
         config = folder / "tokenizer_config.json"
         named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.exists() else None
         if named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").exists():
+            from transformers import PreTrainedTokenizerFast
+
             return PreTrainedTokenizerFast.from_pretrained(folder)
+        from transformers import AutoTokenizer  # imports torch: seconds, and 300 MB
+
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
@@ -85,8 +87,6 @@ def load_tokenizer(model: ModelParams) -> Any:
     An adapter was trained with the tokens and the chat template in its own folder. Raises RequestError where there is
     neither a usable local folder nor a hub in reach.
     """
-    from transformers import AutoTokenizer
-
     assert model.name is not None  # the caller trains one otherwise
     refuse_adapter(model.name)
     source, revision = model.name, model.revision
@@ -95,6 +95,8 @@ def load_tokenizer(model: ModelParams) -> Any:
         source, revision = model.adapter, None
     if Path(source).is_dir():
         return open_tokenizer(Path(source), trust_remote_code=model.trust_remote_code)
+    from transformers import AutoTokenizer
+
     with translated(source, what=f"the tokenizer of {source!r}"):
         return AutoTokenizer.from_pretrained(
             source, revision=revision or "main", trust_remote_code=model.trust_remote_code

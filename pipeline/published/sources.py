@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RequestError
+from pipeline.hub import meet_hub
 from pipeline.params import HubParams
 from pipeline.published.files import BATCH_ROWS, BadRow, Row, table_rows
 
@@ -40,6 +41,7 @@ def _load_dataset(params: HubParams, split: str, folder: Path) -> Any:
     local = next((path for path in (folder / params.dataset, Path(params.dataset)) if path.is_dir()), None)
     try:
         if local is None:
+            meet_hub()
             return datasets.load_dataset(params.dataset, params.config, split=split, revision=params.revision)
         if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
             return _saved_split(datasets.load_from_disk(str(local)), params, split)
@@ -50,7 +52,8 @@ def _load_dataset(params: HubParams, split: str, folder: Path) -> Any:
         raise RequestError(
             f"dataset {params.dataset} (config {params.config}, split {split!r}) could not be loaded: {error}\n"
             "prepare.hub needs the id of a dataset on the hub and a network (or its copy in the Hugging Face cache), "
-            "or a local folder; for gated datasets log in first."
+            f"or a local folder, which is looked for in {folder} and in the working directory; for gated datasets log "
+            "in first."
         ) from None
 
 
