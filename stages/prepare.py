@@ -44,8 +44,10 @@ def command(params: "Params", sft: Path, tokenizer: Path, pairs: Path, summary: 
         summary=summary,
         on_bad_row=on_bad_row,
     )
+    feedback = counts["feedback"]["train"], counts["feedback"]["test"]
+    rows = f", {feedback[0]:,} and {feedback[1]:,} rows of feedback" if any(feedback) else ""
     click.echo(
         f"{counts['pairs']['train']:,} train and {counts['pairs']['test']:,} test pairs over "
         f"{counts['prompts']['train']:,} and {counts['prompts']['test']:,} prompts, "
-        f"{counts['distinct_responses']:,} distinct responses, {counts['sft_rows']:,} sft rows"
+        f"{counts['distinct_responses']:,} distinct responses, {counts['sft_rows']:,} sft rows{rows}"
     )

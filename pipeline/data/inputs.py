@@ -8,12 +8,19 @@ from typing import Any, NamedTuple
 
 from pipeline.data.demo import demo_rows, demo_sft_rows
 from pipeline.data.dialogues import readable
-from pipeline.data.preferences import Preference, SupervisedExample, parse_pair, parse_supervised
+from pipeline.data.preferences import (
+    Feedback,
+    Preference,
+    SupervisedExample,
+    parse_feedback,
+    parse_pair,
+    parse_supervised,
+)
 from pipeline.data.splitting import is_selected, side_of
 from pipeline.params import ColumnNames, PrepareParams
 from pipeline.published.files import BadRow, Row, count_rows, find_files, read_file
-from pipeline.published.forms import PairForms
-from pipeline.published.rows import PairRow
+from pipeline.published.forms import Forms
+from pipeline.published.rows import FeedbackRow, PairRow
 from pipeline.published.sources import Dataset
 
 
@@ -35,16 +42,16 @@ class Inputs:
         self._params = params
         self._chat = chat
         self._pairs, self._test = _sources(params)
-        self.forms = PairForms(params)  # of the last reading of all preferences
+        self.forms = Forms(params)  # of the last reading of all preferences
         self.rows_read = 0  # of it
 
     def rows(self) -> int:
         """How many rows hold the preferences, about."""
         return sum(source.about() for source in [*self._pairs, *self._test])
 
-    def preferences(self) -> Iterator[tuple[Preference | BadRow, str | None]]:
-        """All pairs in input order with their side; None where they are to be split by prompt."""
-        self.forms, self.rows_read = PairForms(self._params), 0
+    def preferences(self) -> Iterator[tuple[Preference | Feedback | BadRow, str | None]]:
+        """All pairs and feedback in input order with their side; None where they are to be split by prompt."""
+        self.forms, self.rows_read = Forms(self._params), 0
         side = "train" if self._test else None
         for sources, split in ((self._pairs, side), (self._test, "test")):
             for source in sources:
@@ -62,12 +69,14 @@ class Inputs:
             folder = Path(self._params.input)
             yield from self._examples(chain.from_iterable(_read(folder, name) for name in self._params.sft.files))
 
-    def _parsed(self, source: Source, forms: PairForms) -> Iterator[Preference | BadRow]:
+    def _parsed(self, source: Source, forms: Forms) -> Iterator[Preference | Feedback | BadRow]:
         for row in source.rows():
             self.rows_read += 1
-            for part in [row] if isinstance(row, BadRow) else forms.pairs(row):
+            for part in [row] if isinstance(row, BadRow) else forms.read(row):
                 if isinstance(part, PairRow):
                     yield from parse_pair(part, row.where, chat=self._chat)
+                elif isinstance(part, FeedbackRow):
+                    yield parse_feedback(part, row.where, chat=self._chat)
                 else:
                     yield part
 
@@ -79,24 +88,28 @@ class Inputs:
         """The distinct chosen responses of a share of the training prompts, in input order."""
         params = self._params
         named = params.sft.pairs_files or [source.name for source in self._pairs][:1]
-        test_texts = {_digest(readable(p.prompt)) for p in self._all(self._test)}
+        test_texts = {_digest(readable(example.prompt)) for example in self._liked(self._test)}
         found: set[bytes] = set()
-        for preference in self._all([source for source in self._pairs if source.name in named]):
-            text = readable(preference.prompt)
+        for example in self._liked([source for source in self._pairs if source.name in named]):
+            text = readable(example.prompt)
             if self._test:
                 trains = _digest(text) not in test_texts
             else:
                 trains = side_of(text, seed=params.split_seed, test_share=params.test_share) == "train"
             if trains and is_selected(text, share=params.sft.pairs_share):
-                key = _digest((preference.prompt, preference.chosen))
+                key = _digest((example.prompt, example.completion))
                 if key not in found:
                     found.add(key)
-                    yield SupervisedExample(preference.where, preference.prompt, preference.chosen)
+                    yield example
 
-    def _all(self, sources: Sequence[Source]) -> Iterator[Preference]:
-        forms = PairForms(self._params)
-        parsed = chain.from_iterable(self._parsed(source, forms) for source in sources)
-        return (preference for preference in parsed if isinstance(preference, Preference))
+    def _liked(self, sources: Sequence[Source]) -> Iterator[SupervisedExample]:
+        """The chosen and the desirable responses."""
+        forms = Forms(self._params)
+        for row in chain.from_iterable(self._parsed(source, forms) for source in sources):
+            if isinstance(row, Preference):
+                yield SupervisedExample(row.where, row.prompt, row.chosen)
+            elif isinstance(row, Feedback) and row.desirable:
+                yield SupervisedExample(row.where, row.prompt, row.response)
 
 
 def _digest(value: Any) -> bytes:

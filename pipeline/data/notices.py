@@ -73,6 +73,12 @@ def tell(counts: dict[str, Any]) -> None:
         print(
             f"prepare: the chat template renders nothing of {name} in {dialogues:,} of the dialogues", file=sys.stderr
         )
+    if counts["feedback_without_other_prompts"]:
+        print(
+            f"prepare: {counts['feedback_without_other_prompts']:,} rows of feedback stand near no other prompt, so "
+            "their mismatched response answers the same one; KTO's baseline is then no estimate of a divergence",
+            file=sys.stderr,
+        )
     if counts["unused_columns"]:
         names = ", ".join(counts["unused_columns"])
         print(f"prepare: columns not used: {names}. prepare.columns names those that are.", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Preferences and supervised examples -> the tables of pipeline/data/tables.py, in batches; all left out is counted."""
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -14,12 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cache.keys import prompt_key, response_key
-from pipeline.data.dialogues import readable, text_of
+from pipeline.data.dialogues import Answer, Prompt, readable, text_of
 from pipeline.data.encoding import Encoded, Encoder, Unusable
+from pipeline.data.feedback import EncodedFeedback, Mismatches, feedback_columns
 from pipeline.data.inputs import Inputs
-from pipeline.data.preferences import Preference, SupervisedExample
+from pipeline.data.preferences import Feedback, Preference, SupervisedExample
 from pipeline.data.splitting import side_of
-from pipeline.data.spool import Kept, PairSpool
+from pipeline.data.spool import Kept, PairSpool, prompt_counts
 from pipeline.data.tables import SFT_SCHEMA, TOKENS, TableWriter
 from pipeline.params import PrepareParams
 from pipeline.progress import Advance
@@ -28,7 +29,8 @@ from pipeline.published.files import BadRow
 BATCH_ROWS = 1000  # pairs or sft rows that are in memory at once
 KEPT_BAD_ROWS = 20
 
-_Batch = list[tuple[Preference | BadRow, str | None]]  # with the side; None: by the prompt's hash
+_Batch = list[tuple[Preference | Feedback | BadRow, str | None]]  # with the side; None: by the prompt's hash
+_Usable = tuple[list["_Pair"], list[EncodedFeedback]]
 
 
 @dataclass
@@ -51,112 +53,159 @@ class _Pair(NamedTuple):
     rejected: Encoded
 
 
+class _Side(NamedTuple):
+    """One response as a row of responses.parquet."""
+
+    prompt: Prompt
+    split: str
+    encoded: Encoded
+    text: str
+    reward: float | None = None
+
+
 @dataclass
 class LongPrompts:
     """Prompts above prepare.max_prompt_tokens that were dropped."""
 
     prompts: set[bytes] = field(default_factory=set)
-    pairs: int = 0
+    rows: int = 0
 
 
-def spool_pairs(
-    inputs: Inputs, encoder: Encoder, params: PrepareParams, spool: PairSpool, bad: BadRows, advance: Advance
-) -> LongPrompts:
-    """Encode, key and split all that is usable into `spool`. A split of None: by the prompt's hash."""
-    long = LongPrompts()
-    rows, done = inputs.preferences(), 0
-    batches: deque[tuple[_Batch, Future[list[Encoded | Unusable]]]] = deque()
+class PairStream:
+    """Encodes, keys and splits the rows of `inputs` into a spool, counting what is left out."""
 
-    def finish() -> None:
-        batch, encoded = batches.popleft()
-        pairs = list(_encoded(batch, encoded.result(), params, long, bad))
-        if pairs:
-            spool.add(*_columns(pairs))
+    def __init__(self, inputs: Inputs, encoder: Encoder, params: PrepareParams, bad: BadRows) -> None:
+        self._inputs, self._encoder, self._params = inputs, encoder, params
+        self.mismatches = Mismatches(encoder)
+        self.bad, self.long = bad, LongPrompts()
 
-    # The tokenizer works on all cores and without Python's lock, so the next rows are read meanwhile.
-    with ThreadPoolExecutor(1) as pool:
-        while batch := list(islice(rows, BATCH_ROWS)):
-            texts = [
-                (p.prompt, answer) for p, _ in batch if isinstance(p, Preference) for answer in (p.chosen, p.rejected)
-            ]
-            batches.append((batch, pool.submit(encoder.encode, texts)))
-            if len(batches) > 1:
+    def spool(self, spool: PairSpool, advance: Advance) -> None:
+        rows, done = self._inputs.preferences(), 0
+        waiting: deque[Future[_Usable]] = deque()
+
+        def finish() -> None:
+            pairs, feedback = waiting.popleft().result()
+            if pairs:
+                spool.add_pairs(_pair_columns(pairs), *_response_columns(_sides_of_pairs(pairs)))
+            if feedback:
+                spool.add_feedback(feedback_columns(feedback), *_response_columns(_sides_of_feedback(feedback)))
+
+        # The tokenizer works on all cores and without Python's lock, so the next rows are read meanwhile.
+        with ThreadPoolExecutor(1) as pool:
+            while batch := list(islice(rows, BATCH_ROWS)):
+                waiting.append(pool.submit(self._usable, batch))
+                if len(waiting) > 1:
+                    finish()
+                advance(self._inputs.rows_read - done)
+                done = self._inputs.rows_read
+            while waiting:
                 finish()
-            advance(inputs.rows_read - done)
-            done = inputs.rows_read
-        while batches:
-            finish()
-    return long
 
-
-def _encoded(
-    batch: _Batch, results: list[Encoded | Unusable], params: PrepareParams, long: LongPrompts, bad: BadRows
-) -> Iterator[_Pair]:
-    encoded = iter(results)
-    for preference, split in batch:
-        if isinstance(preference, BadRow):
-            bad.add(preference)
-            continue
-        chosen, rejected = next(encoded), next(encoded)
-        if isinstance(chosen, Unusable) or isinstance(rejected, Unusable):
-            failed = next(side for side in (chosen, rejected) if isinstance(side, Unusable))
-            if failed.prompt_too_long:
-                long.prompts.add(blake2b(repr(preference.prompt).encode(), digest_size=16).digest())
-                long.pairs += 1
+    def _usable(self, batch: _Batch) -> _Usable:
+        texts = [(row.prompt, answer) for row, _ in batch if not isinstance(row, BadRow) for answer in _answers(row)]
+        encoded = iter(self._encoder.encode(texts))
+        pairs: list[_Pair] = []
+        feedback: list[tuple[Feedback, str, Encoded]] = []
+        for row, split in batch:
+            if isinstance(row, BadRow):
+                self.bad.add(row)
+                continue
+            sides = [next(encoded) for _ in _answers(row)]
+            good = [side for side in sides if isinstance(side, Encoded)]
+            if len(good) < len(sides):
+                self._leave_out(row, next(side for side in sides if isinstance(side, Unusable)))
+                continue
+            side = split or side_of(
+                readable(row.prompt), seed=self._params.split_seed, test_share=self._params.test_share
+            )
+            if isinstance(row, Feedback):
+                feedback.append((row, side, good[0]))
+            elif np.array_equal(good[0].response_ids, good[1].response_ids):
+                cut = f"after truncation to {self._params.max_tokens} tokens" if good[0].truncated else "as token ids"
+                self.bad.add(BadRow(row.where, f"chosen and rejected are identical {cut}"))
             else:
-                bad.add(BadRow(preference.where, failed.reason))
-        elif np.array_equal(chosen.response_ids, rejected.response_ids):
-            cut = f"after truncation to {params.max_tokens} tokens" if chosen.truncated else "as token ids"
-            bad.add(BadRow(preference.where, f"chosen and rejected are identical {cut}"))
+                pairs.append(_Pair(row, side, *good))
+                if self._params.feedback:
+                    feedback += zip(_halves(row), [side, side], good, strict=True)
+        usable = []
+        for found in self.mismatches.encode(feedback):
+            if isinstance(found, BadRow):
+                self.bad.add(found)
+            else:
+                usable.append(found)
+        return pairs, usable
+
+    def _leave_out(self, row: Preference | Feedback, why: Unusable) -> None:
+        if why.prompt_too_long:
+            self.long.prompts.add(blake2b(repr(row.prompt).encode(), digest_size=16).digest())
+            self.long.rows += 1
         else:
-            text = readable(preference.prompt)
-            side = split or side_of(text, seed=params.split_seed, test_share=params.test_share)
-            yield _Pair(preference, side, chosen, rejected)
+            self.bad.add(BadRow(row.where, why.reason))
 
 
-def _columns(pairs: list[_Pair]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """What PairSpool.add takes."""
+def _answers(row: Preference | Feedback) -> list[Answer]:
+    return [row.chosen, row.rejected] if isinstance(row, Preference) else [row.response]
+
+
+def _halves(pair: Preference) -> list[Feedback]:
+    return [
+        Feedback(pair.where, pair.prompt, answer, desirable, pair.category)
+        for answer, desirable in ((pair.chosen, True), (pair.rejected, False))
+    ]
+
+
+def _pair_columns(pairs: list[_Pair]) -> dict[str, Any]:
+    """Of PAIRS_SCHEMA, without the number."""
     preferences = [pair.preference for pair in pairs]
-    encoded = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
-    prompt_keys = [prompt_key(pair.chosen.prompt_ids) for pair in pairs]
-    keys = [response_key(side.prompt_ids, side.response_ids) for side in encoded]
-    prompt_texts = [readable(p.prompt) for p in preferences]
-    splits = [pair.split for pair in pairs]
-    texts = [text_of(answer) for p in preferences for answer in (p.chosen, p.rejected)]
-    rewards = [reward for p in preferences for reward in (p.chosen_reward, p.rejected_reward)]
-    pair_columns = {
-        "split": splits,
-        "prompt_key": prompt_keys,
-        "chosen_key": keys[::2],
-        "rejected_key": keys[1::2],
+    return {
+        "split": [pair.split for pair in pairs],
+        "prompt_key": [prompt_key(pair.chosen.prompt_ids) for pair in pairs],
+        "chosen_key": [response_key(pair.chosen.prompt_ids, pair.chosen.response_ids) for pair in pairs],
+        "rejected_key": [response_key(pair.rejected.prompt_ids, pair.rejected.response_ids) for pair in pairs],
         "category": [p.category for p in preferences],
-        "prompt_text": prompt_texts,
-        "chosen_text": texts[::2],
-        "rejected_text": texts[1::2],
-        "chosen_reward": rewards[::2],
-        "rejected_reward": rewards[1::2],
+        "prompt_text": [readable(p.prompt) for p in preferences],
+        "chosen_text": [text_of(p.chosen) for p in preferences],
+        "rejected_text": [text_of(p.rejected) for p in preferences],
+        "chosen_reward": [p.chosen_reward for p in preferences],
+        "rejected_reward": [p.rejected_reward for p in preferences],
         "source": [p.where for p in preferences],
     }
-    response_columns = {
-        "response_key": keys,
-        "prompt_key": _twice(prompt_keys),
-        "split": _twice(splits),
-        "prompt_ids": _token_column([side.prompt_ids for side in encoded]),
-        "response_ids": _token_column([side.response_ids for side in encoded]),
-        "truncated": [side.truncated for side in encoded],
-        "prompt_text": _twice(prompt_texts),
-        "response_text": texts,
-        "reward": rewards,
-    }
-    prompt_columns = {
-        "prompt_tokens": pl.Series([len(pair.chosen.prompt_ids) for pair in pairs], dtype=pl.Int32),
-        "prompt_truncated": pl.Series([pair.chosen.prompt_truncated for pair in pairs], dtype=pl.Boolean),
-    }
-    return pair_columns, response_columns, prompt_columns
 
 
-def _twice(values: list[Any]) -> list[Any]:
-    return [value for value in values for _ in range(2)]
+def _sides_of_pairs(pairs: list[_Pair]) -> list[_Side]:
+    return [
+        _Side(pair.preference.prompt, pair.split, encoded, text_of(answer), reward)
+        for pair in pairs
+        for encoded, answer, reward in (
+            (pair.chosen, pair.preference.chosen, pair.preference.chosen_reward),
+            (pair.rejected, pair.preference.rejected, pair.preference.rejected_reward),
+        )
+    ]
+
+
+def _sides_of_feedback(rows: list[EncodedFeedback]) -> list[_Side]:
+    return [
+        _Side(row.feedback.prompt, row.split, encoded, text_of(answer))
+        for row in rows
+        for encoded, answer in ((row.response, row.feedback.response), (row.mismatched, row.other.response))
+    ]
+
+
+def _response_columns(sides: list[_Side]) -> tuple[dict[str, Any], dict[str, pl.Series]]:
+    """Columns of RESPONSES_SCHEMA; and of every second side's prompt those of `prompt_counts`."""
+    columns = {
+        "response_key": [response_key(side.encoded.prompt_ids, side.encoded.response_ids) for side in sides],
+        "prompt_key": [prompt_key(side.encoded.prompt_ids) for side in sides],
+        "split": [side.split for side in sides],
+        "prompt_ids": _token_column([side.encoded.prompt_ids for side in sides]),
+        "response_ids": _token_column([side.encoded.response_ids for side in sides]),
+        "truncated": [side.encoded.truncated for side in sides],
+        "prompt_text": [readable(side.prompt) for side in sides],
+        "response_text": [side.text for side in sides],
+        "reward": [side.reward for side in sides],
+    }
+    prompts = [side.encoded for side in sides[::2]]
+    return columns, prompt_counts([len(p.prompt_ids) for p in prompts], [p.prompt_truncated for p in prompts])
 
 
 class PairCounts:
@@ -180,7 +229,10 @@ class PairCounts:
 
     def counts(self) -> dict[str, Any]:
         pairs = self._kept.keys
-        prompts = pairs.unique("prompt_key", keep="last")
+        feedback = self._kept.feedback_keys
+        columns = ["prompt_key", "split", "prompt_tokens", "prompt_truncated"]
+        both = pl.concat([table.select(columns) for table in (feedback, pairs)])
+        prompts = both.unique("prompt_key", keep="last")
         sides = ("train", "test")
         return {
             "pairs": {side: pairs.filter(split=side).height for side in sides},
@@ -195,10 +247,12 @@ class PairCounts:
             "truncated_responses": self._truncated,
             "truncated_prompts": int(prompts["prompt_truncated"].sum()),
             "dropped_prompts_too_long": len(self._long.prompts),
-            "dropped_pairs_prompt_too_long": self._long.pairs,
+            "dropped_pairs_prompt_too_long": self._long.rows,
             "train_prompts_also_in_test": self._kept.overlap,
             "duplicate_pairs": self._kept.duplicates,
             "category_counts": dict(sorted(self._categories.items())),
+            "feedback": {side: feedback.filter(split=side).height for side in sides},
+            "desirable": {side: feedback.filter(split=side, desirable=True).height for side in sides},
         }
 
 

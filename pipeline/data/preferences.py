@@ -26,7 +26,7 @@ from pipeline.data.dialogues import (
 from pipeline.errors import RequestError
 from pipeline.params import ColumnNames
 from pipeline.published.files import BadRow, Row
-from pipeline.published.rows import CONTEXT, Asked, BadForm, PairRow, asked, first_of
+from pipeline.published.rows import CONTEXT, Asked, BadForm, FeedbackRow, PairRow, asked, first_of
 
 
 class Preference(NamedTuple):
@@ -37,6 +37,14 @@ class Preference(NamedTuple):
     category: str | None
     chosen_reward: float | None
     rejected_reward: float | None
+
+
+class Feedback(NamedTuple):
+    where: str
+    prompt: Prompt
+    response: Answer
+    desirable: bool
+    category: str | None
 
 
 class SupervisedExample(NamedTuple):
@@ -73,6 +81,20 @@ def parse_pair(row: PairRow, where: str, *, chat: bool) -> Iterator[Preference |
                 yield BadRow(where, f"{_which(i, len(chosen), j, len(rejected))}{error}")
             else:
                 yield Preference(where, found, good, bad, row.asked.category, chosen_rewards[i], rejected_rewards[j])
+
+
+def parse_feedback(row: FeedbackRow, where: str, *, chat: bool) -> Feedback | BadRow:
+    """As `parse_pair`, of a single response."""
+    try:
+        responses = _responses(row.completion, "completion")
+        if len(responses) > 1:
+            raise _Bad(f"completion holds {len(responses)} texts, expected one")
+        prompt, response = _split_whole(_prompt(row.asked.prompt), responses[0], "completion", chat=chat, where=where)
+        _refuse_empty(prompt, response, "completion")
+        prompt = _whole_prompt(prompt, row.asked, chat=chat, where=where)
+    except (_Bad, BadDialogue) as error:
+        return BadRow(where, str(error))
+    return Feedback(where, prompt, response, row.desirable, row.asked.category)
 
 
 def parse_supervised(row: Row, columns: ColumnNames, *, chat: bool) -> SupervisedExample | BadRow:

@@ -17,10 +17,10 @@ from pipeline.data.dialogues import readable, text_of
 from pipeline.data.encoding import Encoder, Limits
 from pipeline.data.inputs import Inputs
 from pipeline.data.notices import Notices, tell
-from pipeline.data.pairing import BadRows, PairCounts, spool_pairs, write_supervised
+from pipeline.data.pairing import BadRows, PairCounts, PairStream, write_supervised
 from pipeline.data.preferences import SupervisedExample
 from pipeline.data.spool import Kept, PairSpool
-from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, SFT_SCHEMA, TableWriter
+from pipeline.data.tables import FEEDBACK_SCHEMA, PAIRS_SCHEMA, RESPONSES_SCHEMA, SFT_SCHEMA, TableWriter
 from pipeline.errors import RequestError
 from pipeline.files import write_json
 from pipeline.model.tokenizer import load_tokenizer, read_template, train_tokenizer
@@ -36,6 +36,7 @@ class _Outputs(NamedTuple):
     tokenizer: Path
     pairs: Path
     responses: Path
+    feedback: Path
     summary: Path
 
 
@@ -55,8 +56,11 @@ def prepare_data(
     the rows, but by some 150 bytes a pair.
     """
     _refuse_foreign_folder(tokenizer)
-    outputs = [sft, tokenizer, pairs / "pairs.parquet", pairs / "responses.parquet", summary]
-    with _staged(outputs) as staged, _spool_folder(summary) as spool:
+    table, responses, feedback = (pairs / f"{name}.parquet" for name in ("pairs", "responses", "feedback"))
+    with (
+        _staged(_Outputs(sft, tokenizer, table, responses, feedback, summary)) as staged,
+        _spool_folder(summary) as spool,
+    ):
         return _prepare(params, model, on_bad_row or params.on_bad_row, _Outputs(*staged), spool)
 
 
@@ -77,8 +81,9 @@ def _prepare(
         tokenizer, chat=chat, limits=Limits(params.max_tokens, params.max_prompt_tokens, params.long_prompts)
     )
     bad, spool = BadRows(), PairSpool(spool_folder)
+    stream = PairStream(inputs, encoder, params, bad)
     with progress_bar("prepare pairs", inputs.rows()) as advance:
-        long = spool_pairs(inputs, encoder, params, spool, bad, advance)
+        stream.spool(spool, advance)
     forms = inputs.forms
     with TableWriter(to.sft, SFT_SCHEMA) as writer:
         # Chosen responses that serve as sft rows are reported with their pair already.
@@ -86,7 +91,7 @@ def _prepare(
         supervised = write_supervised(inputs.supervised(), encoder, writer, sft_bad)
     _judge(bad, on_bad_row, params)
     kept = spool.close()
-    counts, noticed = PairCounts(kept, long), Notices(encoder.special_tokens if chat else [])
+    counts, noticed = PairCounts(kept, stream.long), Notices(encoder.special_tokens if chat else [])
     noticed.add_keys(kept.keys)
     _write_pairs(spool, kept, to, [counts, noticed])
     _need_rows(params, counts.counts(), supervised, bad)
@@ -96,6 +101,7 @@ def _prepare(
     summary |= noticed.counts | {"unused_columns": sorted(forms.unused)}
     summary |= {"forms": dict(forms.found), "dropped_ties": forms.ties}
     summary |= {"fields_not_rendered": dict(sorted(encoder.unrendered.items()))}
+    summary |= {"feedback_without_other_prompts": stream.mismatches.within}
     tell(summary)
     write_json(to.summary, summary, indent=2)
     return summary
@@ -107,6 +113,10 @@ def _write_pairs(spool: PairSpool, kept: Kept, to: _Outputs, counters: Sequence[
             writer.write(table)
             for counter in counters:
                 counter.add_pairs(table)
+    if kept.feedback.any():
+        with TableWriter(to.feedback, FEEDBACK_SCHEMA) as writer:
+            for table in spool.feedback(kept):
+                writer.write(table)
     with TableWriter(to.responses, RESPONSES_SCHEMA) as writer:
         for table in spool.responses(kept):
             writer.write(table)
@@ -155,7 +165,7 @@ def _judge(bad: BadRows, on_bad_row: str, params: PrepareParams) -> None:
 def _need_rows(params: PrepareParams, counts: dict[str, Any], supervised: dict[str, Any], bad: BadRows) -> None:
     for side in ("train", "test"):
         given = side == "train" or (params.files and params.files.test_pairs) or (params.hub and params.hub.test_split)
-        if given and counts["pairs"][side] == 0:
+        if given and counts["pairs"][side] == counts["feedback"][side] == 0:
             raise RequestError(
                 f"no usable {side} pair is left: {bad.count} bad rows skipped, "
                 f"{counts['dropped_pairs_prompt_too_long']} pairs with a prompt above prepare.max_prompt_tokens "
@@ -165,7 +175,7 @@ def _need_rows(params: PrepareParams, counts: dict[str, Any], supervised: dict[s
     if params.sft.source != "none" and supervised["sft_rows"] == 0:
         share = f"; prepare.sft.pairs_share ({params.sft.pairs_share}) selects prompts" * (params.sft.source == "pairs")
         raise RequestError(f"no usable sft row is left{share}; see prepare.sft and prepare.max_prompt_tokens.")
-    if counts["pairs"]["test"] == 0:
+    if counts["pairs"]["test"] == counts["feedback"]["test"] == 0:
         print(f"Warning: no test pair (prepare.test_share is {params.test_share}).", file=sys.stderr)
 
 
@@ -191,7 +201,10 @@ def _refuse_foreign_folder(tokenizer: Path) -> None:
 
 @contextmanager
 def _staged(outputs: Sequence[Path]) -> Iterator[list[Path]]:
-    """Paths beside `outputs` to write to; when the block ends well each takes its output's place, else they vanish."""
+    """Paths beside `outputs` to write to; when the block ends well each takes its output's place, else they vanish.
+
+    An output that was not written is removed.
+    """
     staged = [path.with_name(f".{path.name}.new") for path in outputs]
     made = [folder for path in outputs for folder in [path.parent, *path.parent.parents] if not folder.exists()]
     try:
@@ -200,7 +213,10 @@ def _staged(outputs: Sequence[Path]) -> Iterator[list[Path]]:
             _remove(path)  # of a run that was killed
         yield staged
         for new, path in zip(staged, outputs, strict=True):
-            _replace(new, path)
+            if new.exists():
+                _replace(new, path)
+            else:  # what this run has none of
+                _remove(path)
     finally:
         for path in staged:
             _remove(path)

@@ -1,7 +1,7 @@
-"""Pairs and responses on disk between encoding and writing, so that no table of all rows is ever in memory.
+"""Pairs, feedback and responses on disk between encoding and writing, so that no table of all rows is ever in memory.
 
-Pairs lie in input order, responses in partitions by the first byte of their key; of either the keys alone are held, 50
-bytes a pair. A partition is what is in memory when responses are made distinct and sorted.
+Pairs and feedback lie in input order, responses in partitions by the first byte of their key; of all of them the keys
+alone are held, some 50 bytes a pair. A partition is what is in memory when responses are made distinct and sorted.
 """
 
 from collections.abc import Iterator
@@ -12,48 +12,86 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA
+from pipeline.data.tables import FEEDBACK_SCHEMA, PAIRS_SCHEMA, RESPONSES_SCHEMA
 
 PARTITIONS = 256
 BUFFER_BYTES = 24 * 2**20  # responses in memory before they go to their partitions
 
-_PAIRS = pa.schema([field for field in PAIRS_SCHEMA if field.name != "pair_id"])
-_RESPONSES = pa.schema([*RESPONSES_SCHEMA, pa.field("pair", pa.int64(), nullable=False)])
-_KEYS = ["prompt_key", "chosen_key", "rejected_key"]
+_OWNER = pa.field("owner", pa.int64(), nullable=False)  # number of the pair, or -1 less the number of the feedback
+_RESPONSES = pa.schema([*RESPONSES_SCHEMA, _OWNER])
 
 
 class Kept(NamedTuple):
-    """Which of the spooled pairs stay."""
+    """Which of the spooled rows stay: no training row of a test prompt, and of equal rows the first."""
 
-    mask: np.ndarray  # bool, (spooled pairs,)
-    keys: pl.DataFrame  # of those that stay: the three keys and `split`, `prompt_tokens`, `prompt_truncated`
+    pairs: np.ndarray  # bool, (spooled pairs,)
+    feedback: np.ndarray  # bool, (spooled rows of feedback,)
+    keys: pl.DataFrame  # of the pairs that stay: their keys, `split`, `prompt_tokens`, `prompt_truncated`
+    feedback_keys: pl.DataFrame  # likewise
     duplicates: int
     overlap: int  # training prompts that were left out because they are test prompts too
 
 
+class _Lane:
+    """Rows of one kind in input order, without their numbers."""
+
+    def __init__(self, file: Path, schema: pa.Schema, keys: list[str], distinct: list[str]) -> None:
+        self.file, self.number = file, schema.field(0)
+        self.schema = pa.schema(list(schema)[1:])
+        self.columns, self.distinct = [*keys, "split"], distinct
+        self.count = 0
+        self._writer = pa.ipc.new_file(file, self.schema, options=_options())
+        empty = pl.DataFrame(self.schema.empty_table().select(self.columns))
+        self._keys = [empty.with_columns(**prompt_counts([], []))]
+
+    def add(self, columns: dict[str, Any], prompts: dict[str, pl.Series]) -> np.ndarray:
+        """Returns the numbers of the rows."""
+        table = pa.table(columns, schema=self.schema)
+        self._writer.write_table(table)
+        self._keys.append(pl.DataFrame(table.select(self.columns)).with_columns(**prompts))
+        self.count += table.num_rows
+        return np.arange(self.count - table.num_rows, self.count)
+
+    def close(self) -> pl.DataFrame:
+        self._writer.close()
+        return pl.concat(self._keys).with_row_index("place")
+
+    def rows(self, mask: np.ndarray) -> Iterator[pa.Table]:
+        start = number = 0
+        with pa.OSFile(str(self.file)) as file, pa.ipc.open_file(file) as reader:
+            for i in range(reader.num_record_batches):
+                batch = reader.get_batch(i)
+                table = pa.table(batch).filter(pa.array(mask[start : start + batch.num_rows]))
+                start += batch.num_rows
+                numbers = pa.array(np.arange(number, number + table.num_rows), pa.int32())
+                number += table.num_rows
+                yield table.add_column(0, self.number, numbers)
+
+
 class PairSpool:
-    """Written by `add`, then read once by `pairs` and once by `responses`. `folder` must not exist yet."""
+    """Written by the `add` methods, then closed and read. `folder` must not exist yet."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         self._folder = folder
-        self._pairs = pa.ipc.new_file(folder / "pairs.arrow", _PAIRS, options=_options())
-        self._keys: list[pl.DataFrame] = []
-        self._count = 0
+        sides = ["chosen_key", "rejected_key"]
+        self._pairs = _Lane(folder / "pairs.arrow", PAIRS_SCHEMA, ["prompt_key", *sides], sides)
+        unpaired = ["response_key", "desirable"]
+        self._feedback = _Lane(folder / "feedback.arrow", FEEDBACK_SCHEMA, ["prompt_key", *unpaired], unpaired)
         self._buffer: list[tuple[pa.Table, np.ndarray]] = []  # sorted by partition, and where each begins
         self._buffered = 0
 
-    def add(self, pairs: dict[str, Any], responses: dict[str, Any], prompts: dict[str, Any]) -> None:
+    def add_pairs(self, pairs: dict[str, Any], responses: dict[str, Any], prompts: dict[str, pl.Series]) -> None:
         """A batch: columns of the pairs without their numbers; of twice as many responses, chosen and rejected in turn;
-        and of each pair's prompt the columns that only counts are made of."""
-        table = pa.table(pairs, schema=_PAIRS)
-        self._pairs.write_table(table)
-        self._keys.append(pl.DataFrame(table.select([*_KEYS, "split"])).with_columns(**prompts))
-        numbers = np.arange(self._count, self._count + table.num_rows).repeat(2)
-        self._count += table.num_rows
-        self._buffer_responses(pa.table(responses | {"pair": numbers}, schema=_RESPONSES))
+        and of `prompt_counts`."""
+        self._buffer_responses(responses, self._pairs.add(pairs, prompts).repeat(2))
 
-    def _buffer_responses(self, table: pa.Table) -> None:
+    def add_feedback(self, rows: dict[str, Any], responses: dict[str, Any], prompts: dict[str, pl.Series]) -> None:
+        """Likewise; the responses are each row's and its mismatched one in turn."""
+        self._buffer_responses(responses, -1 - self._feedback.add(rows, prompts).repeat(2))
+
+    def _buffer_responses(self, columns: dict[str, Any], owners: np.ndarray) -> None:
+        table = pa.table(columns | {"owner": owners}, schema=_RESPONSES)
         first = np.frombuffer(b"".join(table["response_key"].to_pylist()), np.uint8).reshape(-1, 16)[:, 0]
         order = np.argsort(first, kind="stable")
         starts = np.searchsorted(first[order], np.arange(PARTITIONS + 1))
@@ -69,56 +107,62 @@ class PairSpool:
                 table = pa.concat_tables(pieces).combine_chunks()
                 with (
                     self._partition(part).open("ab") as file,
-                    pa.ipc.new_stream(file, _RESPONSES, options=_options()) as to,
+                    pa.ipc.new_stream(file, _RESPONSES, options=_options()) as writer,
                 ):
-                    to.write_table(table)
+                    writer.write_table(table)
         self._buffer, self._buffered = [], 0
 
     def _partition(self, part: int) -> Path:
         return self._folder / f"responses-{part:02x}.arrow"
 
     def close(self) -> Kept:
-        """No more is added; which pairs stay: no training pair of a test prompt, and of equal pairs the first."""
+        """Which rows stay; no more is added."""
         self._flush()
-        self._pairs.close()
-        empty = {name: pa.array([], _PAIRS.field(name).type) for name in [*_KEYS, "split"]}
-        counts = {"prompt_tokens": pl.Series([], dtype=pl.Int32), "prompt_truncated": pl.Series([], dtype=pl.Boolean)}
-        keys = pl.concat(self._keys) if self._keys else pl.DataFrame(empty).with_columns(**counts)
-        self._keys = []
-        keys = keys.with_row_index("pair")
-        tests = keys.filter(split="test")["prompt_key"].unique()
-        overlap = (pl.col("split") == "train") & pl.col("prompt_key").is_in(tests.implode())
-        apart = keys.filter(~overlap)
-        distinct = apart.unique(["chosen_key", "rejected_key"], keep="first", maintain_order=True)
-        mask = np.zeros(self._count, dtype=bool)
-        mask[distinct["pair"].to_numpy()] = True
-        removed = keys.filter(overlap)["prompt_key"].n_unique()
-        return Kept(mask, distinct.drop("pair"), apart.height - distinct.height, removed)
+        lanes = (self._pairs, self._feedback)
+        keys = [lane.close() for lane in lanes]
+        tests = pl.concat([table.filter(split="test")["prompt_key"] for table in keys]).unique().implode()
+        overlap = (pl.col("split") == "train") & pl.col("prompt_key").is_in(tests)
+        apart = [table.filter(~overlap) for table in keys]
+        distinct = [
+            table.unique(lane.distinct, keep="first", maintain_order=True)
+            for lane, table in zip(lanes, apart, strict=True)
+        ]
+        masks = [np.zeros(lane.count, dtype=bool) for lane in lanes]
+        for mask, table in zip(masks, distinct, strict=True):
+            mask[table["place"].to_numpy()] = True
+        removed = pl.concat([table.filter(overlap)["prompt_key"] for table in keys]).n_unique()
+        duplicates = sum(len(a) - len(b) for a, b in zip(apart, distinct, strict=True))
+        return Kept(masks[0], masks[1], distinct[0], distinct[1], duplicates, removed)
 
     def pairs(self, kept: Kept) -> Iterator[pa.Table]:
         """The pairs that stay, numbered, in input order."""
-        start = number = 0
-        with pa.OSFile(str(self._folder / "pairs.arrow")) as file, pa.ipc.open_file(file) as reader:
-            for i in range(reader.num_record_batches):
-                batch = reader.get_batch(i)
-                table = pa.table(batch).filter(pa.array(kept.mask[start : start + batch.num_rows]))
-                start += batch.num_rows
-                numbers = pa.array(np.arange(number, number + table.num_rows), pa.int32())
-                number += table.num_rows
-                yield table.add_column(0, PAIRS_SCHEMA.field("pair_id"), numbers)
+        return self._pairs.rows(kept.pairs)
+
+    def feedback(self, kept: Kept) -> Iterator[pa.Table]:
+        return self._feedback.rows(kept.feedback)
 
     def responses(self, kept: Kept) -> Iterator[pa.Table]:
-        """One row per response key of the pairs that stay, by partition, sorted by key.
+        """One row per response key of the rows that stay, by partition, sorted by key.
 
-        Text and split are those of the first pair that has the response; so is the reward, of the first that has one.
+        Text and split are those of the first row that has the response; so is the reward, of the first that has one.
         """
         for part in range(PARTITIONS):
             path = self._partition(part)
             if path.exists():
                 table = _read(path)
-                table = table.filter(pa.array(kept.mask[table["pair"].to_numpy()])).combine_chunks()
+                owners = table["owner"].to_numpy()
+                stays = np.concatenate([kept.pairs, kept.feedback[::-1]])[owners]  # negative ones count from the end
+                table = table.filter(pa.array(stays)).combine_chunks()
                 if table.num_rows:
                     yield _distinct(table)
+
+
+def prompt_counts(tokens: list[int], truncated: list[bool]) -> dict[str, pl.Series]:
+    """Columns that only counts are made of, one row per pair or row of feedback."""
+    return {
+        "prompt_tokens": pl.Series(tokens, dtype=pl.Int32),
+        "prompt_truncated": pl.Series(truncated, dtype=pl.Boolean),
+    }
 
 
 def _distinct(table: pa.Table) -> pa.Table:
@@ -126,7 +170,7 @@ def _distinct(table: pa.Table) -> pa.Table:
     first = keys.unique("response_key", keep="first", maintain_order=True).sort("response_key")
     rewarded = keys.drop_nulls("reward").unique("response_key", keep="first", maintain_order=True)
     rewards = first.join(rewarded, on="response_key", how="left", maintain_order="left")["reward_right"]
-    found = table.take(pa.array(first["row"].to_numpy())).drop_columns(["pair"])
+    found = table.take(pa.array(first["row"].to_numpy())).drop_columns(["owner"])
     place = found.schema.get_field_index("reward")
     return found.set_column(place, RESPONSES_SCHEMA.field("reward"), rewards.to_arrow().cast(pa.float32()))
 

@@ -4,6 +4,7 @@ PREPARED/sft.parquet            one row per supervised example
 PREPARED/tokenizer/             a transformers tokenizer folder
 PREPARED/pairs/pairs.parquet    one row per preference pair
 PREPARED/pairs/responses.parquet  one row per distinct response under its prompt
+PREPARED/pairs/feedback.parquet  one row per response that is desirable or not, where there is such feedback
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,7 +60,23 @@ PAIRS_SCHEMA = pa.schema(
     ]
 )
 
+FEEDBACK_SCHEMA = pa.schema(
+    [
+        pa.field("feedback_id", pa.int32(), nullable=False),  # 0..n-1 in file order, over both splits
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("prompt_key", KEY, nullable=False),
+        pa.field("response_key", KEY, nullable=False),
+        pa.field("mismatched_key", KEY, nullable=False),  # of a response to another prompt, under this prompt
+        pa.field("desirable", pa.bool_(), nullable=False),
+        pa.field("category", pa.string()),
+        pa.field("prompt_text", pa.string(), nullable=False),
+        pa.field("response_text", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+    ]
+)
+
 PAIR_SIDES = ["chosen_key", "rejected_key"]
+FEEDBACK_SIDES = ["response_key", "mismatched_key"]
 
 
 ROW_GROUP_ROWS = 2000
@@ -122,10 +139,33 @@ def scan_responses(folder: Path) -> pl.LazyFrame:
     return _scan(folder / "responses.parquet", RESPONSES_SCHEMA)
 
 
-def name_pairs(folder: Path, split: str, numbers: Sequence[int]) -> list[str]:
-    """What people call pairs that are numbered within their split: pair_id and the line they come from."""
-    pairs = scan_pairs(folder).filter(pl.col("split") == split).select("pair_id", "source").collect()
-    return [f"pair {pair_id} ({source})" for pair_id, source in pairs[list(numbers)].iter_rows()]
+def scan_feedback(folder: Path) -> pl.LazyFrame:
+    """Raises RequestError where there is none."""
+    file = folder / "feedback.parquet"
+    if not file.exists():
+        raise RequestError(
+            f"{folder} holds no feedback, which objective kto reads: single responses with a label. Set "
+            "prepare.feedback: true to split pairs into such rows (or give rows of prompt, completion, label), and run "
+            "`dvc repro`."
+        )
+    return _scan(file, FEEDBACK_SCHEMA)
+
+
+def scan_examples(folder: Path, split: str, *, feedback: bool) -> pl.LazyFrame:
+    """What a policy trains on, in order, as two responses each, under the names of PAIR_SIDES: a pair's sides, or
+    (feedback) a response and its mismatched one; with `id`, `source` and, of feedback, `desirable`."""
+    rows = scan_feedback(folder) if feedback else scan_pairs(folder)
+    sides = dict(zip(PAIR_SIDES, FEEDBACK_SIDES if feedback else PAIR_SIDES, strict=True))
+    columns = [pl.col("feedback_id" if feedback else "pair_id").alias("id"), "source"]
+    columns += [pl.col(column).alias(name) for name, column in sides.items()] + ["desirable"] * feedback
+    return rows.filter(pl.col("split") == split).select(columns)
+
+
+def name_examples(folder: Path, split: str, numbers: Sequence[int], *, feedback: bool = False) -> list[str]:
+    """What people call examples that are numbered within their split: id and the line they come from."""
+    rows = scan_examples(folder, split, feedback=feedback).select("id", "source").collect()
+    what = "feedback" if feedback else "pair"
+    return [f"{what} {number} ({source})" for number, source in rows[list(numbers)].iter_rows()]
 
 
 def iter_responses(folder: Path, columns: Sequence[str], *, rows: int) -> Iterator[pl.DataFrame]:

@@ -74,8 +74,8 @@ def evaluate_policy(
     test = read_pairs(pairs, "test")
     if test.is_empty():
         raise RequestError(
-            f"{pairs} has no test pairs, so there is nothing to evaluate on. Set prepare.test_share above 0, name "
-            "prepare.files.test_pairs or prepare.hub.test_split, and run `dvc repro`."
+            f"{pairs} has no test pairs, so there is nothing to evaluate on. Set prepare.test_share above 0, or name "
+            "prepare.files.test_pairs or prepare.hub.test_split (beside unpaired feedback: pairs), and run `dvc repro`."
         )
     responses = read_responses(pairs).filter(pl.col("split") == "test")
     identity = reference_identity(reference_model, dtype=engine.dtype, quantization=engine.quantization)

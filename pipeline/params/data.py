@@ -81,6 +81,7 @@ class PrepareParams(Section):
     form: FormName = "auto"  # how rows are published (docs/data.md); auto: found by their columns, row by row
     preferred: PreferredParams | None = None  # two responses and a column that says which is better
     ranked: RankedParams | None = None  # a list of responses with scores
+    feedback: bool = False  # also split pairs into rows of feedback, for objective kto; adds a response a side to score
     wrong_options: Literal["one", "all"] = "one"  # of a multiple-choice question, against the right one
     sft: SftRowsParams = SftRowsParams()
     chat_template: Literal["auto", "never"] | str = "auto"  # or a path to a jinja file

@@ -121,7 +121,13 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise RequestError(f"--set {override!r}: {parent} holds {child!r}, not a section")
         node = child
-    node[key] = _yaml.load(text) if text else None
+    try:
+        node[key] = _yaml.load(text) if text else None
+    except YAMLError as error:
+        found = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise RequestError(
+            f"--set {override!r}: {text!r} is not valid YAML ({found}); within {{}} a space follows each colon"
+        ) from None
 
 
 def _readable(file: Path, error: ValidationError) -> str:

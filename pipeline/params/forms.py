@@ -24,6 +24,7 @@ FormName = Literal[
     "ultrafeedback",
     "nectar",
     "multiple_choice",
+    "unpaired",
 ]
 Label = str | int | float | bool
 Sign = Literal["negative", "positive"]
@@ -47,6 +48,7 @@ class ColumnNames(Section):
     chosen: str = "chosen"
     rejected: str = "rejected"
     completion: str = "completion"
+    label: str = "label"  # of unpaired feedback: whether the completion is desirable
     category: str = "category"
     chosen_reward: str = "chosen_reward"
     rejected_reward: str = "rejected_reward"

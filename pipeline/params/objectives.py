@@ -45,6 +45,11 @@ class Variant(BaseModel):
         return False
 
     @property
+    def reads_feedback(self) -> bool:
+        """Whether it learns from single responses that are desirable or not, instead of pairs."""
+        return False
+
+    @property
     def needs_sketches(self) -> bool:
         """Whether training reads gradient sketches of the training responses."""
         return False
@@ -296,6 +301,22 @@ class WeightedSum(Variant):
         }
 
 
+class KTO(_Scaled):
+    """Reads rows of feedback instead of pairs, with a baseline over the batch (pipeline/objectives/feedback.py)."""
+
+    objective: Literal["kto"]
+    desirable_weight: AtLeastZero = 1.0
+    undesirable_weight: AtLeastZero = 1.0
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        return True
+
+    @property
+    def reads_feedback(self) -> bool:
+        return True
+
+
 class AuxDPO(_Scaled):
     """No function of log-probs alone: its offsets train beside the policy (pipeline/auxdpo/offsets.py)."""
 
@@ -313,4 +334,4 @@ class AuxDPO(_Scaled):
         return True
 
 
-AnyVariant = Annotated[_Single | WeightedSum | AuxDPO, Field(discriminator="objective")]
+AnyVariant = Annotated[_Single | WeightedSum | KTO | AuxDPO, Field(discriminator="objective")]

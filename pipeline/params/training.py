@@ -127,7 +127,7 @@ def variant_loop(train: TrainParams, name: str) -> TrainParams:
     micro = loop.micro_batch_size if loop.tokens_per_batch is None else 0
     if variant.needs_whole_batch and (loop.ranks > 1 or micro < loop.batch_size):
         raise ValueError(
-            f"train.variants.{name}: {variant.objective} compares pairs across the batch, so the batch must be one "
+            f"train.variants.{name}: {variant.objective} looks across the batch, so the batch must be one "
             f"micro-batch on one rank; found batch_size {loop.batch_size}, micro_batch_size "
             f"{loop.micro_batch_size}, tokens_per_batch {loop.tokens_per_batch}, ranks {loop.ranks}. Set "
             "them (tokens_per_batch: null) in the variant's settings"

@@ -4,17 +4,17 @@ docs/data.md shows an example of every form with the parameters that it needs.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.params import PrepareParams, RankedParams
 from pipeline.published import choices, ranked, winners
 from pipeline.published.files import BadRow, Row
-from pipeline.published.rows import BadForm, PairRow, asked, ends_with_answer, is_dialogue
+from pipeline.published.rows import BadForm, FeedbackRow, PairRow, asked, ends_with_answer, is_dialogue
 
 Values = Mapping[str, Any]
-# The pairs of a row, how many were left out as ties, and the columns that were used beside what is asked.
-Read = tuple[list[PairRow], int, set[str]]
+# What a row holds, how many were left out as ties, and the columns that were used beside what is asked.
+Read = tuple[Sequence[PairRow | FeedbackRow], int, set[str]]
 
 
 class Form(NamedTuple):
@@ -23,7 +23,7 @@ class Form(NamedTuple):
     says: str = ""  # what is taken from where; "" for a row that names chosen and rejected itself
 
 
-class PairForms:
+class Forms:
     """Reads rows in the form that params name, or finds each row's by its columns; counts what it meets."""
 
     def __init__(self, params: PrepareParams) -> None:
@@ -33,7 +33,7 @@ class PairForms:
         self.ties = 0
         self.unused: set[str] = set()  # columns that no row's meaning was taken from
 
-    def pairs(self, row: Row) -> Iterator[PairRow | BadRow]:
+    def read(self, row: Row) -> Iterator[PairRow | FeedbackRow | BadRow]:
         name = self._fixed or next((name for name, form in FORMS.items() if form.fits(row.values, self._params)), None)
         try:
             if name is None:
@@ -74,13 +74,18 @@ def _sides(values: Values, params: PrepareParams) -> tuple[str, str] | None:
 
 
 def _pairs(values: Values, params: PrepareParams) -> Read:
+    row, used = _pair(values, params)
+    return [row], 0, used
+
+
+def _pair(values: Values, params: PrepareParams) -> tuple[PairRow, set[str]]:
     sides, columns = _sides(values, params), params.columns
     if sides is None:
         raise BadForm(_unknown(values, params))
     chosen, rejected = (values[name] for name in sides)
     rewards = [columns.chosen_reward, columns.rejected_reward]
     row = PairRow(asked(values, columns, chosen), chosen, rejected, *(values.get(name) for name in rewards))
-    return [row], 0, {*sides, *rewards}
+    return row, {*sides, *rewards}
 
 
 def _is_implicit(values: Values, params: PrepareParams) -> bool:
@@ -95,8 +100,8 @@ def _is_implicit(values: Values, params: PrepareParams) -> bool:
 
 def _implicit(values: Values, params: PrepareParams) -> Read:
     """TRL's implicit prompt: what both texts begin with, here up to the last word's end."""
-    rows, ties, used = _pairs(values, params)
-    chosen, rejected = rows[0].chosen, rows[0].rejected
+    row, used = _pair(values, params)
+    chosen, rejected = row.chosen, row.rejected
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise BadForm(f"chosen is {type(chosen).__name__}, expected text for form: implicit_text")
     end = _last_common_boundary(chosen, rejected)
@@ -106,8 +111,8 @@ def _implicit(values: Values, params: PrepareParams) -> Read:
             '"Human:/Assistant:" text. What two plain texts begin with is taken for their prompt only with '
             "prepare.chat_template: never, since it is no user's turn"
         )
-    found = rows[0].asked._replace(prompt=chosen[:end])
-    return [rows[0]._replace(asked=found, chosen=chosen[end:], rejected=rejected[end:])], ties, used
+    found = row.asked._replace(prompt=chosen[:end])
+    return [row._replace(asked=found, chosen=chosen[end:], rejected=rejected[end:])], 0, used
 
 
 def _last_common_boundary(a: str, b: str) -> int:
@@ -207,6 +212,25 @@ def _choices(values: Values, params: PrepareParams) -> Read:
     return rows, 0, used
 
 
+def _unpaired(values: Values, params: PrepareParams) -> Read:
+    """A prompt, a completion and a label, as TRL's unpaired preferences; no pair, but what objective kto reads."""
+    columns = params.columns
+    for name in (columns.completion, columns.label):
+        if values.get(name) is None:
+            raise BadForm(
+                f"no column {name!r} (found {', '.join(map(repr, values))}); prepare.columns can name another"
+            )
+    completion, label = values[columns.completion], values[columns.label]
+    if label not in (0, 1):
+        raise BadForm(f"{columns.label} is {label!r}, expected true or false (or 1, 0)")
+    row = FeedbackRow(asked(values, columns, completion), completion, bool(label))
+    return [row], 0, {columns.completion, columns.label}
+
+
+def _is_unpaired(values: Values, params: PrepareParams) -> bool:
+    return values.get(params.columns.completion) is not None and values.get(params.columns.label) is not None
+
+
 def _is_choice(values: Values, params: PrepareParams) -> bool:
     return any(values.get(name) is not None for name in choices.OPTIONS) and any(
         values.get(name) is not None for name in choices.ANSWERS
@@ -239,6 +263,7 @@ FORMS: dict[str, Form] = {
     "arena_55k": Form(_with(*winners.ARENA_55K), _arena_55k, "the response whose winner_model column is 1"),
     **{name: _list(name) for name in ranked.PUBLISHED},
     "multiple_choice": Form(_is_choice, _choices, "the right option over one wrong one (prepare.wrong_options: all)"),
+    "unpaired": Form(_is_unpaired, _unpaired, "single responses that are desirable or not, for objective kto"),
     "preferred": Form(_never, _preferred),
     "ranked": Form(_never, _ranked),
 }

@@ -31,6 +31,14 @@ class PairRow(NamedTuple):
     rejected_reward: Any = None
 
 
+class FeedbackRow(NamedTuple):
+    """One response, and whether it is desirable."""
+
+    asked: Asked
+    completion: Any  # text, a message, or a list of messages
+    desirable: bool
+
+
 def first_of(values: Mapping[str, Any], names: Iterable[str]) -> str | None:
     """The first of `names` that the row has and that isn't null."""
     return next((name for name in names if values.get(name) is not None), None)

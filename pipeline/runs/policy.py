@@ -11,7 +11,7 @@ import polars as pl
 from cache import require_keys
 from pipeline.auxdpo.requirements import open_fitting, require_responses
 from pipeline.data.splitting import held_out_rows
-from pipeline.data.tables import PAIR_SIDES, scan_pairs
+from pipeline.data.tables import PAIR_SIDES, scan_examples
 from pipeline.errors import RequestError
 from pipeline.params import AnyVariant, AuxDPO, LoopParams, Trainable, TrainParams, variant_loop
 from pipeline.reference.drift import check_drift
@@ -48,15 +48,16 @@ def train_policy(
     CacheIncomplete for missing rows: all before any model is loaded.
     """
     settings = variant_loop(params, variant)
-    train_pairs, needed = _pairs_of_splits(pairs, settings)
+    objective = params.variant(variant)
+    train_pairs, needed = _pairs_of_splits(pairs, settings, feedback=objective.reads_feedback)
     require_steps(settings, train_pairs, "train")
     require_trackers(settings.log_to)
     cached = open_for_model(reference, model)
     require_keys(cached, needed.to_arrow().to_batches(), scratch=scratch_folder())
     check_drift(cached, dtype=settings.dtype, tolerance=settings.drift_tolerance)
-    objective = params.variant(variant)
     paths = {"pairs": pairs, "model": model, "reference": reference, "tokenizer": model}
-    inputs = [pairs / "pairs.parquet", pairs / "responses.parquet", reference / "manifest.json"]
+    table = "feedback" if objective.reads_feedback else "pairs"
+    inputs = [pairs / f"{table}.parquet", pairs / "responses.parquet", reference / "manifest.json"]
     if isinstance(objective, AuxDPO):
         digests = {"weights": cached.identity.weights, "config": cached.identity.config}
         paths["sketches"] = _fitting_sketches(sketches, pairs, objective, trainable=trainable, **digests)
@@ -115,9 +116,9 @@ def _task_settings(
     }
 
 
-def _pairs_of_splits(pairs: Path, settings: TrainParams) -> tuple[int, pl.DataFrame]:
-    """The number of training pairs, and the sides of every pair that this run reads."""
-    train, test = (_sides(pairs, split) for split in ("train", "test"))
+def _pairs_of_splits(pairs: Path, settings: TrainParams, *, feedback: bool) -> tuple[int, pl.DataFrame]:
+    """The number of training pairs (feedback: of its rows), and the two responses of every one that this run reads."""
+    train, test = (_sides(pairs, split, feedback=feedback) for split in ("train", "test"))
     if train.is_empty():
         raise RequestError(f"{pairs} has no training pairs. Add pairs, or lower prepare.test_share.")
     if not settings.evaluate_every:
@@ -130,5 +131,5 @@ def _pairs_of_splits(pairs: Path, settings: TrainParams) -> tuple[int, pl.DataFr
     return len(train), pl.concat([train, test[held_out_rows(len(test), settings.evaluate_pairs)]])
 
 
-def _sides(pairs: Path, split: str) -> pl.DataFrame:
-    return scan_pairs(pairs).filter(pl.col("split") == split).select(PAIR_SIDES).collect()
+def _sides(pairs: Path, split: str, *, feedback: bool = False) -> pl.DataFrame:
+    return scan_examples(pairs, split, feedback=feedback).select(PAIR_SIDES).collect()

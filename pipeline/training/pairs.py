@@ -7,7 +7,7 @@ import polars as pl
 
 from cache import locate
 from pipeline.data.splitting import held_out_rows
-from pipeline.data.tables import PAIR_SIDES, scan_pairs, scan_responses
+from pipeline.data.tables import PAIR_SIDES, scan_examples, scan_responses
 from pipeline.forward.logps import TokenBatch, collate, pack
 
 
@@ -18,12 +18,19 @@ class PairBatches:
     (pairs,). groups: a number for each pair's prompt, (pairs,). response_lengths: (pairs, 2), chosen and rejected.
     """
 
-    def __init__(self, pairs: Path, layout: str, *, split: str = "train", most: int | None = None) -> None:
-        """layout: "padded", "packed" or "shared_prompts" (forward/layout.py). most: no more than so many pairs."""
+    def __init__(
+        self, pairs: Path, layout: str, *, split: str = "train", most: int | None = None, feedback: bool = False
+    ) -> None:
+        """layout: "padded", "packed" or "shared_prompts" (forward/layout.py). most: no more than so many pairs.
+
+        feedback: a response and its mismatched one for chosen and rejected (data/tables.py: scan_examples).
+        """
         self.layout = layout
-        self.keys = scan_pairs(pairs).filter(pl.col("split") == split).select(PAIR_SIDES).collect()
+        examples = scan_examples(pairs, split, feedback=feedback).collect()
         if most is not None:
-            self.keys = self.keys[held_out_rows(len(self.keys), most)]
+            examples = examples[held_out_rows(len(examples), most)]
+        self.keys = examples.select(PAIR_SIDES)
+        self.desirable = examples["desirable"].to_numpy() if feedback else None  # bool, (pairs,)
         columns = ("response_key", "prompt_key", "prompt_ids", "response_ids")
         responses = scan_responses(pairs).filter(pl.col("split") == split).select(columns).collect()
         self._prompts, self._responses = responses["prompt_ids"], responses["response_ids"]

@@ -11,14 +11,14 @@ from torch import Tensor
 from cache import join_sum_logps, open_reference
 from pipeline.auxdpo.offsets import Offsets, summarise_shares
 from pipeline.auxdpo.rank_share import open_offsets, require_adapter
-from pipeline.data.tables import name_pairs
+from pipeline.data.tables import name_examples
 from pipeline.forward.kernels import choose_kernels
 from pipeline.forward.layout import choose_layout
 from pipeline.forward.logps import ResponseLogps, sequence_sums
 from pipeline.forward.steadiness import require_steady
 from pipeline.model.opening import open_model
 from pipeline.model.parts import causal_model, disable_dropout
-from pipeline.objectives import OBJECTIVES, PairLogps
+from pipeline.objectives import OBJECTIVES, FeedbackLogps, PairLogps, kto
 from pipeline.params import AuxDPO, LoopParams, Trainable
 from pipeline.trainable.selection import select_trainable
 from pipeline.training.deepspeed_engine import Engine, divided_from_the_start
@@ -33,32 +33,34 @@ from pipeline.workspace import scratch_folder
 class PreferenceTask:
     """Mean of an objective over the pairs of the batch; the reference is two float64 columns."""
 
+    feedback = False  # whether examples are rows of feedback instead of pairs
+
     def __init__(
         self,
         pairs: Path,
         reference: Path,
         *,
-        objective: str,
         hyperparameters: dict[str, Any],
+        objective: str = "",
         reward_beta: float,
         drift_tolerance: float,
         layout: str,
         split: str = "train",
         most: int | None = None,
     ) -> None:
-        """split: "train" or "test"; most: take no more than so many pairs of it.
+        """objective: a key of OBJECTIVES. split: "train" or "test"; most: take no more than so many pairs of it.
 
         layout: "padded", "packed" or "shared_prompts". reward_beta: inverse temperature of the reward metrics.
 
         drift_tolerance: nats a response by which the policy may differ from the cached reference at the start.
         """
-        self.objective, self.hyperparameters = OBJECTIVES[objective], hyperparameters
+        self.objective, self.hyperparameters = OBJECTIVES.get(objective), hyperparameters
         self.offsets: Offsets | None = None  # AuxDPO's; they take the objective's place
         self.kernels: dict[str, str] = {}  # which ones the policy has, for the metrics
         self.beta = reward_beta
-        self.pairs = PairBatches(pairs, layout, split=split, most=most)
+        self.pairs = PairBatches(pairs, layout, split=split, most=most, feedback=self.feedback)
         self.layout, self.lengths, self.groups = layout, self.pairs.lengths, self.pairs.groups
-        self.start = StartCheck(reference, pairs, drift_tolerance)
+        self.start = StartCheck(reference, pairs, drift_tolerance, feedback=self.feedback)
         self.reference_logps = join_sum_logps(
             open_reference(reference, expect=None), self.pairs.keys.to_arrow().to_batches(), scratch=scratch_folder()
         )
@@ -72,7 +74,7 @@ class PreferenceTask:
         sums = sequence_sums(engine(*tokens), tokens.rows, int(places.max()) + 1)
         pair = self._pair_logps(sums.index_select(0, torch.from_numpy(places).to(sums.device)), micro)
         losses, explained = self._losses(pair, micro, batch)
-        found = self._sums(pair, losses.detach()) | explained
+        found = self._sums(pair, losses.detach(), micro) | explained
         if engine.updates == 0:
             found |= self.start.observe(pair, micro)
         return losses.sum() / len(batch), found
@@ -81,6 +83,7 @@ class PreferenceTask:
         """The loss of each pair, (B,), and sums that only this objective has."""
         if self.offsets is not None:
             return self.offsets.losses(pair, micro, batch)
+        assert self.objective is not None
         return self.objective(pair, **self.hyperparameters), {}
 
     def _pair_logps(self, policy: Tensor, micro: np.ndarray) -> PairLogps:
@@ -89,7 +92,7 @@ class PreferenceTask:
         lengths = torch.tensor(self.pairs.response_lengths[micro].T, device=policy.device)
         return PairLogps(chosen, rejected, reference[0], reference[1], lengths[0], lengths[1])
 
-    def _sums(self, pair: PairLogps, losses: Tensor) -> dict[str, Tensor]:
+    def _sums(self, pair: PairLogps, losses: Tensor, micro: np.ndarray) -> dict[str, Tensor]:
         with torch.no_grad():
             chosen = self.beta * pair.chosen_log_ratio
             rejected = self.beta * pair.rejected_log_ratio
@@ -107,7 +110,7 @@ class PreferenceTask:
             }
 
     def names(self, examples: np.ndarray) -> list[str]:
-        return name_pairs(self.start.pairs, "train", examples.tolist())
+        return name_examples(self.start.pairs, "train", examples.tolist(), feedback=self.feedback)
 
     def summarise(self, sums: dict[str, float], batch: np.ndarray) -> dict[str, float]:
         self.start.judge(sums, len(batch))
@@ -115,6 +118,58 @@ class PreferenceTask:
         # Nats per token, as language-model losses are given; everything else is a mean over pairs.
         row["nll/chosen"] = sums["nll/chosen"] / float(self.pairs.response_lengths[batch, 0].sum())
         return row if self.offsets is None else summarise_shares(row)
+
+
+class FeedbackTask(PreferenceTask):
+    """KTO over the rows of feedback of the batch; each goes with the mismatched response that its baseline is made of.
+
+    Columns of the history are those of pairs as far as they have a meaning: chosen for desirable, rejected for
+    undesirable, each a mean over its own rows (0 where the batch has none); accuracies: on the right side of the
+    baseline; kl: the baseline, nats.
+    """
+
+    feedback = True
+
+    def _losses(self, pair: PairLogps, micro: np.ndarray, batch: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        feedback = self._feedback(pair, micro)
+        return kto(feedback, **self.hyperparameters), {"kl": feedback.baseline * len(micro)}
+
+    def _feedback(self, pair: PairLogps, micro: np.ndarray) -> FeedbackLogps:
+        assert self.pairs.desirable is not None
+        desirable = torch.from_numpy(self.pairs.desirable[micro]).to(pair.chosen.device)
+        return FeedbackLogps(pair.chosen, pair.ref_chosen, pair.rejected, pair.ref_rejected, desirable)
+
+    def _sums(self, pair: PairLogps, losses: Tensor, micro: np.ndarray) -> dict[str, Tensor]:
+        with torch.no_grad():
+            feedback = self._feedback(pair, micro)
+            liked, rewards = feedback.desirable, self.beta * feedback.log_ratio
+            above = feedback.log_ratio > feedback.baseline
+            return {
+                "loss": losses.sum(),
+                "rewards/chosen": rewards[liked].sum(),
+                "rewards/rejected": rewards[~liked].sum(),
+                "rewards/accuracies": (above == liked).sum(),
+                "logps/chosen": pair.chosen[liked].sum(),
+                "logps/rejected": pair.chosen[~liked].sum(),
+                "dcr": (rewards[liked] < 0).sum(),
+                "nll/chosen": -pair.chosen[liked].sum(),
+                _DESIRABLE: liked.sum(),
+            }
+
+    def summarise(self, sums: dict[str, float], batch: np.ndarray) -> dict[str, float]:
+        assert self.pairs.desirable is not None
+        self.start.judge(sums, len(batch))
+        liked = sums.pop(_DESIRABLE)
+        tokens = float(self.pairs.response_lengths[batch, 0][self.pairs.desirable[batch]].sum())
+        counts = dict.fromkeys(sums, float(len(batch)))
+        counts |= dict.fromkeys(("rewards/chosen", "logps/chosen", "dcr"), liked)
+        counts |= dict.fromkeys(("rewards/rejected", "logps/rejected"), len(batch) - liked) | {"nll/chosen": tokens}
+        row = {name: value / max(counts[name], 1.0) for name, value in sums.items()}
+        row["rewards/margins"] = row["rewards/chosen"] - row["rewards/rejected"]
+        return row
+
+
+_DESIRABLE = "desirable"
 
 
 def start(job: Job, loop: LoopParams) -> TrainingRun:
@@ -154,9 +209,11 @@ def open_task(job: Job, layout: str, *, split: str = "train", most: int | None =
     """Without offsets: those of held-out pairs are zero, where AuxDPO's loss is DPO's."""
     names = ("objective", "hyperparameters", "reward_beta", "drift_tolerance")
     settings = {name: job.settings[name] for name in names}
+    paths = (Path(job.paths[name]) for name in ("pairs", "reference"))
+    if settings["objective"] == "kto":
+        return FeedbackTask(*paths, **settings, layout=layout, split=split, most=most)
     if settings["objective"] == "auxdpo":
         settings |= {"objective": "dpo", "hyperparameters": {"beta": settings["reward_beta"]}}
-    paths = (Path(job.paths[name]) for name in ("pairs", "reference"))
     return PreferenceTask(*paths, **settings, layout=layout, split=split, most=most)
 
 

@@ -7,11 +7,10 @@ what is checked. The drift gate before training knows a sample only; this sees e
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import torch
 from torch import Tensor
 
-from pipeline.data.tables import scan_pairs
+from pipeline.data.tables import scan_examples
 from pipeline.errors import RunFailed
 from pipeline.objectives import PairLogps
 
@@ -25,9 +24,12 @@ _SUM = "start/drift"
 class StartCheck:
     """Compares the first batch's policy log-probs, before any update, with the cached ones."""
 
-    def __init__(self, reference: Path, pairs: Path, tolerance: float) -> None:
-        """pairs: folder of prepared pairs, whose training split `observe` numbers; tolerance: nats a response."""
-        self.reference, self.pairs, self.tolerance = reference, pairs, tolerance
+    def __init__(self, reference: Path, pairs: Path, tolerance: float, *, feedback: bool = False) -> None:
+        """pairs: folder of prepared pairs, whose training split `observe` numbers; tolerance: nats a response.
+
+        feedback: of rows of feedback, whose mismatched response stands for the rejected one.
+        """
+        self.reference, self.pairs, self.tolerance, self.feedback = reference, pairs, tolerance, feedback
         self._worst = (0.0, "", 0)  # nats, side, number of the pair
 
     def observe(self, pair: PairLogps, micro: np.ndarray) -> dict[str, Tensor]:
@@ -50,7 +52,9 @@ class StartCheck:
 
     def _where(self) -> str:
         value, side, number = self._worst
-        sources = scan_pairs(self.pairs).filter(pl.col("split") == "train").select("source")
+        sources = scan_examples(self.pairs, "train", feedback=self.feedback).select("source")
+        if self.feedback:
+            side = "mismatched" if side == "rejected" else "labelled"
         return f"{value:.3g} nats in the {side} response of {sources.slice(number, 1).collect().item()}"
 
     def _message(self, what: str) -> str:

@@ -7,7 +7,7 @@ from pipeline.data.preferences import Preference, SupervisedExample, parse_pair,
 from pipeline.errors import RequestError
 from pipeline.params import ColumnNames, PrepareParams
 from pipeline.published.files import BadRow, Row
-from pipeline.published.forms import PairForms
+from pipeline.published.forms import Forms
 
 COLUMNS = ColumnNames()
 
@@ -23,7 +23,7 @@ def assistant(text):
 def parse(values, *, chat=True, **params):
     row = Row("f:7", values)
     settings = {"source": "files", "files": {"pairs": ["f"]}, "sft": {"source": "none"}}
-    found = PairForms(PrepareParams.model_validate(settings | params)).pairs(row)
+    found = Forms(PrepareParams.model_validate(settings | params)).read(row)
     parsed = [[part] if isinstance(part, BadRow) else parse_pair(part, row.where, chat=chat) for part in found]
     return [preference for part in parsed for preference in part]
 

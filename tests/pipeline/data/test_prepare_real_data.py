@@ -60,7 +60,6 @@ REFUSED = {
     "26-implicit-text.jsonl": "prepare.chat_template: never",
     "40-hidden-cause.jsonl": r"no column 'chosen' or 'rejected' \(found 'question', 'better', 'worse'\)",
 }
-UNPAIRED = {"25-kto.jsonl"}
 
 
 def test_made_up_files_in_published_schemas_are_read_or_say_why_not(tmp_path):
@@ -70,10 +69,11 @@ def test_made_up_files_in_published_schemas_are_read_or_say_why_not(tmp_path):
     model = ModelParams(name=str(tmp_path / "model"))
     files = sorted(path.name for path in folder.iterdir() if path.name[:2].isdigit() and path.is_file())
     assert len(files) >= 25
-    for name in set(files) - UNPAIRED:
+    for name in files:
         params = file_params(folder, files={"pairs": [name]}, sft={"source": "none"}, test_share=0.0)
         if name in REFUSED:
             with pytest.raises(RequestError, match=REFUSED[name]):
                 prepare_into(tmp_path / "out", params, model)
         else:
-            assert prepare_into(tmp_path / "out", params, model)["pairs"]["train"] > 0, name
+            summary = prepare_into(tmp_path / "out", params, model)
+            assert summary["pairs"]["train"] + summary["feedback"]["train"] > 0, name

@@ -74,6 +74,9 @@ def test_set_overrides_one_value_and_reads_yaml():
         ("prepare.max_prompt_tokens=128", ["max_prompt_tokens", "below max_tokens"]),
         ("train.ranks.x=1", ["train.ranks", None]),
         ("train", ["section.key=value"]),
+        ("prepare.files={pairs:[a]}", ["is not valid YAML", "a space follows each colon"]),
+        ("train.variants.dpo={objective: kto, desirable_weight: -1.0}", ["desirable_weight", "must lie in [0, "]),
+        ("train.variants.dpo={objective: kto, settings: {micro_batch_size: 4}}", ["one micro-batch on one rank"]),
     ],
 )
 def test_each_mistake_names_key_and_what_is_allowed(override, expected):
