@@ -17,6 +17,7 @@ import numpy as np
 
 from pipeline.data.dialogues import Answer, Message, Prompt, text_of
 from pipeline.data.shortening import shortened
+from pipeline.data.words import WordMemory
 from pipeline.errors import RequestError
 
 BATCH_TEXTS = 2000  # texts handed to the tokenizer at once: enough for all cores, few enough for memory
@@ -85,6 +86,9 @@ class Encoder:
         self._opening = 0 if chat else _opening(tokenizer)
         self._marks_beginnings = _marks_beginnings(tokenizer)
         self._blank: dict[int, bool] = {}
+        self._words: WordMemory | None = None
+        with suppress(ValueError):
+            self._words = WordMemory(tokenizer)
 
     def encode(self, examples: Sequence[tuple[Prompt, Answer]]) -> list[Encoded | Unusable]:
         """One result per (prompt, response), in order; equal texts are worked on once."""
@@ -92,15 +96,18 @@ class Encoder:
         starts = self._starts(list(dict.fromkeys(prompt for prompt, _ in distinct)))
         results: dict[tuple[Prompt, Answer], Encoded | Unusable] = {}
         texts: dict[tuple[Prompt, Answer], tuple[_Start, str]] = {}
+        startable: list[tuple[tuple[Prompt, Answer], _Start]] = []
         for example in distinct:
             start = starts[example[0]]
             if isinstance(start, Unusable):
                 results[example] = start
-                continue
-            try:
-                texts[example] = start, self._added(start, example[1]) if self._chat else text_of(example[1])
-            except _Refused as error:
-                results[example] = Unusable(str(error))
+            else:
+                startable.append((example, start))
+        for (example, start), text in zip(startable, self._added_texts(startable), strict=True):
+            if isinstance(text, _Refused):
+                results[example] = Unusable(str(text))
+            else:
+                texts[example] = start, text
         for example, ids in self._responses(texts).items():
             start = texts[example][0]
             results[example] = ids if isinstance(ids, Unusable) else self._finish(start, ids)
@@ -110,9 +117,10 @@ class Encoder:
         """Every prompt as it goes before its responses, the same for all of them; or why it can't."""
         starts: dict[Prompt, _Start | Unusable] = {}
         texts: dict[Prompt, str] = {}
-        for prompt in prompts:
+        rendered = self._templates(prompts, add_generation_prompt=True) if self._chat else map(_plain, prompts)
+        for prompt, text in zip(prompts, rendered, strict=True):
             try:
-                texts[prompt] = self._start_text(prompt)
+                texts[prompt] = self._start_text(prompt, text)
             except _Refused as error:
                 starts[prompt] = Unusable(str(error))
         ids = self._tokenise(texts.values(), special=not self._chat)
@@ -149,16 +157,20 @@ class Encoder:
         return self._chat_start(shorter)._replace(shortened=True)
 
     def _chat_start(self, messages: tuple[Message, ...]) -> _Start:
-        text = self._start_text(messages)
+        text = self._start_text(messages, self._template(messages, add_generation_prompt=True))
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         found = np.asarray(ids, np.int32)
         return _Start(messages, text, found, found)
 
-    def _start_text(self, prompt: Prompt) -> str:
-        """The text before a response; of a chat without a block of thoughts that its generation prompt ends with."""
+    def _start_text(self, prompt: Prompt, text: "str | _Refused") -> str:
+        """The text before a response; of a chat without a block of thoughts that its generation prompt ends with.
+
+        text: the prompt as rendered, or why not. Raises _Refused.
+        """
+        if isinstance(text, _Refused):
+            raise text
         if not self._chat:
-            return _plain(prompt)
-        text = self._template(prompt, add_generation_prompt=True)
+            return text
         self._require_all_turns(prompt, text)
         assert isinstance(prompt[0], Message)
         if prompt[0].context:
@@ -207,11 +219,31 @@ class Encoder:
                     found.append(role)
         return found
 
-    def _added(self, start: _Start, response: Answer) -> str:
-        """What the whole dialogue adds to its prompt. Raises _Refused where it does not begin with it."""
+    def _added_texts(self, examples: Sequence[tuple[tuple[Prompt, Answer], _Start]]) -> "list[str | _Refused]":
+        """What each response's text is after its prompt's, or why it can't be told."""
+        if not self._chat:
+            return [text_of(response) for (_, response), _ in examples]
+        lasts = [self._last_turn(response) for (_, response), _ in examples]
+        wholes = self._templates(
+            [(*start.prompt, last) for last, (_, start) in zip(lasts, examples, strict=True)],
+            add_generation_prompt=False,
+        )
+        found: list[str | _Refused] = []
+        for (_, start), last, whole in zip(examples, lasts, wholes, strict=True):
+            try:
+                found.append(self._added(start, last, whole))
+            except _Refused as error:
+                found.append(error)
+        return found
+
+    def _last_turn(self, response: Answer) -> Message:
         last = Message("assistant", response) if isinstance(response, str) else response
-        last = last._replace(content=self._unclosed(last.content))
-        whole = self._template((*start.prompt, last), add_generation_prompt=False)
+        return last._replace(content=self._unclosed(last.content))
+
+    def _added(self, start: _Start, last: Message, whole: "str | _Refused") -> str:
+        """What the whole dialogue adds to its prompt. Raises _Refused where it does not begin with it."""
+        if isinstance(whole, _Refused):
+            raise whole
         if last.extra:
             self._note_unrendered(json.loads(last.extra), whole[len(start.text) :])
         if not whole.startswith(start.text):
@@ -256,17 +288,38 @@ class Encoder:
                 return after[len(before) :]
         return Unusable("the tokenizer makes one token of the end of the prompt and the beginning of the response")
 
+    def _templates(self, dialogues: Sequence[Any], *, add_generation_prompt: bool) -> "list[str | _Refused]":
+        """Each as `_template` renders it; in one call, unless the template refuses any or rows give it more to read."""
+        if not any(dialogue[0].context for dialogue in dialogues):
+            with suppress(_Refused):
+                rendered: list[str | _Refused] = self._applied(
+                    [[message.for_template() for message in dialogue] for dialogue in dialogues], add_generation_prompt
+                )
+                return rendered
+        found: list[str | _Refused] = []
+        for dialogue in dialogues:
+            try:
+                found.append(self._template(dialogue, add_generation_prompt=add_generation_prompt))
+            except _Refused as error:
+                found.append(error)
+        return found
+
     def _template(self, messages: Any, *, add_generation_prompt: bool) -> str:
+        dialogue = [message.for_template() for message in messages]
+        text: str = self._applied(dialogue, add_generation_prompt, **_context(messages))
+        return text
+
+    def _applied(self, dialogues: Any, add_generation_prompt: bool, **context: Any) -> Any:
+        """The text of a dialogue, or of each of a list of them. Raises _Refused."""
         from jinja2 import TemplateError, TemplateSyntaxError
 
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                [message.for_template() for message in messages],
+            return self._tokenizer.apply_chat_template(
+                dialogues,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **{"strftime_now": TEMPLATE_DATE.strftime} | _context(messages),
+                **{"strftime_now": TEMPLATE_DATE.strftime} | context,
             )
-            return text
         except TemplateSyntaxError as error:
             raise RequestError(f"prepare.chat_template: the template is not valid jinja: {error}") from None
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -276,6 +329,10 @@ class Encoder:
         """Token ids by text; special: with the special tokens that the tokenizer adds by itself."""
         distinct = list(dict.fromkeys(texts))
         ids: dict[str, np.ndarray] = {}
+        if self._words is not None and not special:
+            remembered = zip(distinct, self._words.encode(distinct), strict=True)
+            ids = {text: found for text, found in remembered if found is not None}
+            distinct = [text for text in distinct if text not in ids]
         for start in range(0, len(distinct), BATCH_TEXTS):
             chunk = distinct[start : start + BATCH_TEXTS]
             rows = self._tokenizer(

@@ -60,6 +60,8 @@ class _Side(NamedTuple):
     split: str
     encoded: Encoded
     text: str
+    key: bytes
+    prompt_key: bytes
     reward: float | None = None
 
 
@@ -86,9 +88,11 @@ class PairStream:
         def finish() -> None:
             pairs, feedback = waiting.popleft().result()
             if pairs:
-                spool.add_pairs(_pair_columns(pairs), *_response_columns(_sides_of_pairs(pairs)))
+                sides = _sides_of_pairs(pairs)
+                spool.add_pairs(_pair_columns(pairs, sides), *_response_columns(sides))
             if feedback:
-                spool.add_feedback(feedback_columns(feedback), *_response_columns(_sides_of_feedback(feedback)))
+                sides = _sides_of_feedback(feedback)
+                spool.add_feedback(feedback_columns(feedback), *_response_columns(sides))
 
         # The tokenizer works on all cores and without Python's lock, so the next rows are read meanwhile.
         with ThreadPoolExecutor(1) as pool:
@@ -154,18 +158,18 @@ def _halves(pair: Preference) -> list[Feedback]:
     ]
 
 
-def _pair_columns(pairs: list[_Pair]) -> dict[str, Any]:
-    """Of PAIRS_SCHEMA, without the number."""
+def _pair_columns(pairs: list[_Pair], sides: list[_Side]) -> dict[str, Any]:
+    """Of PAIRS_SCHEMA, without the number. sides: of `_sides_of_pairs`."""
     preferences = [pair.preference for pair in pairs]
     return {
         "split": [pair.split for pair in pairs],
-        "prompt_key": [prompt_key(pair.chosen.prompt_ids) for pair in pairs],
-        "chosen_key": [response_key(pair.chosen.prompt_ids, pair.chosen.response_ids) for pair in pairs],
-        "rejected_key": [response_key(pair.rejected.prompt_ids, pair.rejected.response_ids) for pair in pairs],
+        "prompt_key": [side.prompt_key for side in sides[::2]],
+        "chosen_key": [side.key for side in sides[::2]],
+        "rejected_key": [side.key for side in sides[1::2]],
         "category": [p.category for p in preferences],
         "prompt_text": [readable(p.prompt) for p in preferences],
-        "chosen_text": [text_of(p.chosen) for p in preferences],
-        "rejected_text": [text_of(p.rejected) for p in preferences],
+        "chosen_text": [side.text for side in sides[::2]],
+        "rejected_text": [side.text for side in sides[1::2]],
         "chosen_reward": [p.chosen_reward for p in preferences],
         "rejected_reward": [p.rejected_reward for p in preferences],
         "source": [p.where for p in preferences],
@@ -173,19 +177,25 @@ def _pair_columns(pairs: list[_Pair]) -> dict[str, Any]:
 
 
 def _sides_of_pairs(pairs: list[_Pair]) -> list[_Side]:
-    return [
-        _Side(pair.preference.prompt, pair.split, encoded, text_of(answer), reward)
-        for pair in pairs
-        for encoded, answer, reward in (
-            (pair.chosen, pair.preference.chosen, pair.preference.chosen_reward),
-            (pair.rejected, pair.preference.rejected, pair.preference.rejected_reward),
-        )
-    ]
+    """Chosen and rejected in turn."""
+    sides = []
+    for (_, prompt, *answers, _, chosen_reward, rejected_reward), split, chosen, rejected in pairs:
+        key = prompt_key(chosen.prompt_ids)
+        for encoded, answer, reward in zip((chosen, rejected), answers, (chosen_reward, rejected_reward), strict=True):
+            sides.append(_side(prompt, split, encoded, answer, key, reward))
+    return sides
+
+
+def _side(
+    prompt: Prompt, split: str, encoded: Encoded, answer: Answer, asked: bytes, reward: float | None = None
+) -> _Side:
+    key = response_key(encoded.prompt_ids, encoded.response_ids)
+    return _Side(prompt, split, encoded, text_of(answer), key, asked, reward)
 
 
 def _sides_of_feedback(rows: list[EncodedFeedback]) -> list[_Side]:
     return [
-        _Side(row.feedback.prompt, row.split, encoded, text_of(answer))
+        _side(row.feedback.prompt, row.split, encoded, answer, prompt_key(encoded.prompt_ids))
         for row in rows
         for encoded, answer in ((row.response, row.feedback.response), (row.mismatched, row.other.response))
     ]
@@ -194,8 +204,8 @@ def _sides_of_feedback(rows: list[EncodedFeedback]) -> list[_Side]:
 def _response_columns(sides: list[_Side]) -> tuple[dict[str, Any], dict[str, pl.Series]]:
     """Columns of RESPONSES_SCHEMA; and of every second side's prompt those of `prompt_counts`."""
     columns = {
-        "response_key": [response_key(side.encoded.prompt_ids, side.encoded.response_ids) for side in sides],
-        "prompt_key": [prompt_key(side.encoded.prompt_ids) for side in sides],
+        "response_key": [side.key for side in sides],
+        "prompt_key": [side.prompt_key for side in sides],
         "split": [side.split for side in sides],
         "prompt_ids": _token_column([side.encoded.prompt_ids for side in sides]),
         "response_ids": _token_column([side.encoded.response_ids for side in sides]),

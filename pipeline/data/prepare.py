@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -108,20 +109,25 @@ def _prepare(
 
 
 def _write_pairs(spool: PairSpool, kept: Kept, to: _Outputs, counters: Sequence[PairCounts | Notices]) -> None:
-    with TableWriter(to.pairs, PAIRS_SCHEMA) as writer:
-        for table in spool.pairs(kept):
-            writer.write(table)
-            for counter in counters:
-                counter.add_pairs(table)
-    if kept.feedback.any():
-        with TableWriter(to.feedback, FEEDBACK_SCHEMA) as writer:
-            for table in spool.feedback(kept):
+    def write_pairs() -> None:
+        with TableWriter(to.pairs, PAIRS_SCHEMA) as writer:
+            for table in spool.pairs(kept):
                 writer.write(table)
-    with TableWriter(to.responses, RESPONSES_SCHEMA) as writer:
-        for table in spool.responses(kept):
-            writer.write(table)
-            for counter in counters:
-                counter.add_responses(table)
+                for counter in counters:
+                    counter.add_pairs(table)
+        if kept.feedback.any():
+            with TableWriter(to.feedback, FEEDBACK_SCHEMA) as writer:
+                for table in spool.feedback(kept):
+                    writer.write(table)
+
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(write_pairs)
+        with TableWriter(to.responses, RESPONSES_SCHEMA) as writer:
+            for table in spool.responses(kept):
+                writer.write(table)
+                for counter in counters:
+                    counter.add_responses(table)
+        written.result()
 
 
 def _trained(inputs: Inputs, model: ModelParams, on_bad_row: str, params: PrepareParams) -> Any:

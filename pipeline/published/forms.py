@@ -44,7 +44,7 @@ class Forms:
             return
         self.found[name] += 1
         self.ties += ties
-        self.unused |= row.values.keys() - used.union(*(pair.asked.used for pair in rows))
+        self.unused |= row.values.keys() - used.union(*(part.asked.used for part in rows))
         yield from rows
 
 
