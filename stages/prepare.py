@@ -33,6 +33,9 @@ def command(params: "Params", sft: Path, tokenizer: Path, pairs: Path, summary: 
       refcache prepare --sft data/prepared/sft.parquet --tokenizer data/prepared/tokenizer \\
         --pairs data/prepared/pairs --summary data/prepared/summary.json --on-bad-row skip
     """
+    import os
+
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # before pyarrow: its own keeps what was freed
     from pipeline.data.prepare import prepare_data
 
     counts = prepare_data(

@@ -75,7 +75,8 @@ class Encoder:
     chat: render with the tokenizer's chat template (prompts must be messages); otherwise prompts must be text.
     """
 
-    def __init__(self, tokenizer: Any, *, chat: bool, limits: Limits) -> None:
+    def __init__(self, tokenizer: Any, *, chat: bool, limits: Limits, words: bool = True) -> None:
+        """words: take the ids of texts from those of their words, where the tokenizer allows it (data/words.py)."""
         self._tokenizer = tokenizer
         self._chat = chat
         self._limits = limits
@@ -88,7 +89,7 @@ class Encoder:
         self._blank: dict[int, bool] = {}
         self._words: WordMemory | None = None
         with suppress(ValueError):
-            self._words = WordMemory(tokenizer)
+            self._words = WordMemory(tokenizer) if words else None
 
     def encode(self, examples: Sequence[tuple[Prompt, Answer]]) -> list[Encoded | Unusable]:
         """One result per (prompt, response), in order; equal texts are worked on once."""

@@ -28,7 +28,6 @@ class Mismatches:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._last: list[Feedback] = []  # of the batch before: the last prompt's, for a batch of one prompt
         self.within = 0  # rows whose mismatched response answers the same prompt, for want of another
 
     def encode(self, rows: Sequence[tuple[Feedback, str, Encoded]]) -> list[EncodedFeedback | BadRow]:
@@ -51,14 +50,9 @@ class Mismatches:
             by_prompt.setdefault(row.prompt, []).append(row)
         groups = list(by_prompt.values())
         if len(groups) == 1:
-            if not self._last or self._last[0].prompt == rows[0].prompt:
-                self.within += len(rows)
-                return [rows[-1], *rows[:-1]]
-            givers = [self._last]
-        else:
-            givers = [groups[-1], *groups[:-1]]
-        self._last = groups[-1]
-        giver = {id(group): giving for group, giving in zip(groups, givers, strict=True)}
+            self.within += len(rows)
+            return [rows[-1], *rows[:-1]]
+        giver = {id(group): giving for group, giving in zip(groups, [groups[-1], *groups[:-1]], strict=True)}
         seen: dict[Any, int] = {}
         others = []
         for row in rows:

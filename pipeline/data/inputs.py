@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,21 +42,23 @@ class Inputs:
         self._params = params
         self._chat = chat
         self._pairs, self._test = _sources(params)
-        self.forms = Forms(params)  # of the last reading of all preferences
-        self.rows_read = 0  # of it
+        self.forms = Forms(params)  # of the last reading of preferences
 
     def rows(self) -> int:
         """How many rows hold the preferences, about."""
         return sum(source.about() for source in [*self._pairs, *self._test])
 
-    def preferences(self) -> Iterator[tuple[Preference | Feedback | BadRow, str | None]]:
-        """All pairs and feedback in input order with their side; None where they are to be split by prompt."""
-        self.forms, self.rows_read = Forms(self._params), 0
+    def preferences(
+        self, first: int = 0, last: int | None = None
+    ) -> Iterator[list[tuple[Preference | Feedback | BadRow, str | None]]]:
+        """For each row from `first` to before `last`, in input order, what it holds: pairs or feedback with their side,
+        which is None where they are to be split by prompt."""
+        self.forms = Forms(self._params)
         side = "train" if self._test else None
-        for sources, split in ((self._pairs, side), (self._test, "test")):
-            for source in sources:
-                for preference in self._parsed(source, self.forms):
-                    yield preference, split
+        sources = [(source, side) for source in self._pairs] + [(source, "test") for source in self._test]
+        rows = ((row, split) for source, split in sources for row in source.rows())
+        for row, split in islice(rows, first, last):
+            yield [(part, split) for part in self._parts(row, self.forms)]
 
     def supervised(self) -> Iterator[SupervisedExample | BadRow]:
         """The sft rows in input order; of pairs, their distinct chosen responses (bad rows are told with the pairs)."""
@@ -69,16 +71,14 @@ class Inputs:
             folder = Path(self._params.input)
             yield from self._examples(chain.from_iterable(_read(folder, name) for name in self._params.sft.files))
 
-    def _parsed(self, source: Source, forms: Forms) -> Iterator[Preference | Feedback | BadRow]:
-        for row in source.rows():
-            self.rows_read += 1
-            for part in [row] if isinstance(row, BadRow) else forms.read(row):
-                if isinstance(part, PairRow):
-                    yield from parse_pair(part, row.where, chat=self._chat)
-                elif isinstance(part, FeedbackRow):
-                    yield parse_feedback(part, row.where, chat=self._chat)
-                else:
-                    yield part
+    def _parts(self, row: Row | BadRow, forms: Forms) -> Iterator[Preference | Feedback | BadRow]:
+        for part in [row] if isinstance(row, BadRow) else forms.read(row):
+            if isinstance(part, PairRow):
+                yield from parse_pair(part, row.where, chat=self._chat)
+            elif isinstance(part, FeedbackRow):
+                yield parse_feedback(part, row.where, chat=self._chat)
+            else:
+                yield part
 
     def _examples(self, rows: Iterator[Row | BadRow]) -> Iterator[SupervisedExample | BadRow]:
         for row in rows:
@@ -105,7 +105,8 @@ class Inputs:
     def _liked(self, sources: Sequence[Source]) -> Iterator[SupervisedExample]:
         """The chosen and the desirable responses."""
         forms = Forms(self._params)
-        for row in chain.from_iterable(self._parsed(source, forms) for source in sources):
+        parts = (part for source in sources for row in source.rows() for part in self._parts(row, forms))
+        for row in parts:
             if isinstance(row, Preference):
                 yield SupervisedExample(row.where, row.prompt, row.chosen)
             elif isinstance(row, Feedback) and row.desirable:

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import islice
-from typing import Any, NamedTuple
+from itertools import chain, islice
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import polars as pl
@@ -26,7 +26,7 @@ from pipeline.params import PrepareParams
 from pipeline.progress import Advance
 from pipeline.published.files import BadRow
 
-BATCH_ROWS = 1000  # pairs or sft rows that are in memory at once
+BATCH_ROWS = 500  # input rows that are in memory at once
 KEPT_BAD_ROWS = 20
 
 _Batch = list[tuple[Preference | Feedback | BadRow, str | None]]  # with the side; None: by the prompt's hash
@@ -73,16 +73,60 @@ class LongPrompts:
     rows: int = 0
 
 
+@dataclass
+class Tally:
+    """What was met on the way through some rows."""
+
+    bad: BadRows = field(default_factory=BadRows)
+    long: LongPrompts = field(default_factory=LongPrompts)
+    forms: Counter[str] = field(default_factory=Counter)  # rows by form
+    ties: int = 0
+    unused: set[str] = field(default_factory=set)  # columns
+    unrendered: Counter[str] = field(default_factory=Counter)  # dialogues by field
+    within: int = 0  # rows of feedback without another prompt near
+
+    def add(self, other: "Tally") -> None:
+        """What was met in the rows after these."""
+        self.bad.count += other.bad.count
+        self.bad.first = [*self.bad.first, *other.bad.first][:KEPT_BAD_ROWS]
+        self.long.prompts |= other.long.prompts
+        self.long.rows += other.long.rows
+        self.forms += other.forms
+        self.ties += other.ties
+        self.unused |= other.unused
+        self.unrendered += other.unrendered
+        self.within += other.within
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bad": {"count": self.bad.count, "first": self.bad.first},
+            "long": {"prompts": sorted(key.hex() for key in self.long.prompts), "rows": self.long.rows},
+            "forms": dict(self.forms),
+            "ties": self.ties,
+            "unused": sorted(self.unused),
+            "unrendered": dict(self.unrendered),
+            "within": self.within,
+        }
+
+    @classmethod
+    def of_json(cls, found: dict[str, Any]) -> Self:
+        bad = BadRows(found["bad"]["count"], [BadRow(*row) for row in found["bad"]["first"]])
+        long = LongPrompts({bytes.fromhex(key) for key in found["long"]["prompts"]}, found["long"]["rows"])
+        forms, unrendered = Counter(found["forms"]), Counter(found["unrendered"])
+        return cls(bad, long, forms, found["ties"], set(found["unused"]), unrendered, found["within"])
+
+
 class PairStream:
     """Encodes, keys and splits the rows of `inputs` into a spool, counting what is left out."""
 
-    def __init__(self, inputs: Inputs, encoder: Encoder, params: PrepareParams, bad: BadRows) -> None:
+    def __init__(self, inputs: Inputs, encoder: Encoder, params: PrepareParams) -> None:
         self._inputs, self._encoder, self._params = inputs, encoder, params
-        self.mismatches = Mismatches(encoder)
-        self.bad, self.long = bad, LongPrompts()
+        self._mismatches = Mismatches(encoder)
+        self._tally = Tally()
 
-    def spool(self, spool: PairSpool, advance: Advance) -> None:
-        rows, done = self._inputs.preferences(), 0
+    def spool(self, spool: PairSpool, first: int, last: int | None, advance: Advance) -> Tally:
+        """The input rows from `first`, a multiple of BATCH_ROWS, to before `last` (None: to the end)."""
+        rows = self._inputs.preferences(first, last)
         waiting: deque[Future[_Usable]] = deque()
 
         def finish() -> None:
@@ -97,13 +141,16 @@ class PairStream:
         # The tokenizer works on all cores and without Python's lock, so the next rows are read meanwhile.
         with ThreadPoolExecutor(1) as pool:
             while batch := list(islice(rows, BATCH_ROWS)):
-                waiting.append(pool.submit(self._usable, batch))
+                waiting.append(pool.submit(self._usable, list(chain.from_iterable(batch))))
                 if len(waiting) > 1:
                     finish()
-                advance(self._inputs.rows_read - done)
-                done = self._inputs.rows_read
+                advance(len(batch))
             while waiting:
                 finish()
+        forms = self._inputs.forms
+        self._tally.forms, self._tally.ties, self._tally.unused = forms.found, forms.ties, forms.unused
+        self._tally.unrendered, self._tally.within = self._encoder.unrendered, self._mismatches.within
+        return self._tally
 
     def _usable(self, batch: _Batch) -> _Usable:
         texts = [(row.prompt, answer) for row, _ in batch if not isinstance(row, BadRow) for answer in _answers(row)]
@@ -112,7 +159,7 @@ class PairStream:
         feedback: list[tuple[Feedback, str, Encoded]] = []
         for row, split in batch:
             if isinstance(row, BadRow):
-                self.bad.add(row)
+                self._tally.bad.add(row)
                 continue
             sides = [next(encoded) for _ in _answers(row)]
             good = [side for side in sides if isinstance(side, Encoded)]
@@ -126,25 +173,25 @@ class PairStream:
                 feedback.append((row, side, good[0]))
             elif np.array_equal(good[0].response_ids, good[1].response_ids):
                 cut = f"after truncation to {self._params.max_tokens} tokens" if good[0].truncated else "as token ids"
-                self.bad.add(BadRow(row.where, f"chosen and rejected are identical {cut}"))
+                self._tally.bad.add(BadRow(row.where, f"chosen and rejected are identical {cut}"))
             else:
                 pairs.append(_Pair(row, side, *good))
                 if self._params.feedback:
                     feedback += zip(_halves(row), [side, side], good, strict=True)
         usable = []
-        for found in self.mismatches.encode(feedback):
+        for found in self._mismatches.encode(feedback):
             if isinstance(found, BadRow):
-                self.bad.add(found)
+                self._tally.bad.add(found)
             else:
                 usable.append(found)
         return pairs, usable
 
     def _leave_out(self, row: Preference | Feedback, why: Unusable) -> None:
         if why.prompt_too_long:
-            self.long.prompts.add(blake2b(repr(row.prompt).encode(), digest_size=16).digest())
-            self.long.rows += 1
+            self._tally.long.prompts.add(blake2b(repr(row.prompt).encode(), digest_size=16).digest())
+            self._tally.long.rows += 1
         else:
-            self.bad.add(BadRow(row.where, why.reason))
+            self._tally.bad.add(BadRow(row.where, why.reason))
 
 
 def _answers(row: Preference | Feedback) -> list[Answer]:

@@ -14,14 +14,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+
 from pipeline.data.dialogues import readable, text_of
-from pipeline.data.encoding import Encoder, Limits
+from pipeline.data.encoding import Encoder
 from pipeline.data.inputs import Inputs
 from pipeline.data.notices import Notices, tell
-from pipeline.data.pairing import BadRows, PairCounts, PairStream, write_supervised
+from pipeline.data.pairing import BadRows, PairCounts, Tally, write_supervised
 from pipeline.data.preferences import SupervisedExample
-from pipeline.data.spool import Kept, PairSpool
+from pipeline.data.shards import Shard, elsewhere, encode_here, encoder_for, ranges, usable_processes
+from pipeline.data.spool import Spooled, partitions_for
 from pipeline.data.tables import FEEDBACK_SCHEMA, PAIRS_SCHEMA, RESPONSES_SCHEMA, SFT_SCHEMA, TableWriter
+from pipeline.data.words import WordsDisagree
 from pipeline.errors import RequestError
 from pipeline.files import write_json
 from pipeline.model.tokenizer import load_tokenizer, read_template, train_tokenizer
@@ -78,56 +82,97 @@ def _prepare(
     if template is not None:
         tokenizer.chat_template = template
 
-    encoder = Encoder(
-        tokenizer, chat=chat, limits=Limits(params.max_tokens, params.max_prompt_tokens, params.long_prompts)
-    )
-    bad, spool = BadRows(), PairSpool(spool_folder)
-    stream = PairStream(inputs, encoder, params, bad)
-    with progress_bar("prepare pairs", inputs.rows()) as advance:
-        stream.spool(spool, advance)
-    forms = inputs.forms
-    with TableWriter(to.sft, SFT_SCHEMA) as writer:
-        # Chosen responses that serve as sft rows are reported with their pair already.
-        sft_bad = BadRows() if params.sft.source == "pairs" else bad
-        supervised = write_supervised(inputs.supervised(), encoder, writer, sft_bad)
-    _judge(bad, on_bad_row, params)
-    kept = spool.close()
-    counts, noticed = PairCounts(kept, stream.long), Notices(encoder.special_tokens if chat else [])
-    noticed.add_keys(kept.keys)
-    _write_pairs(spool, kept, to, [counts, noticed])
-    _need_rows(params, counts.counts(), supervised, bad)
     tokenizer.save_pretrained(to.tokenizer)
+
+    for words in (True, False):
+        encoder = encoder_for(params, tokenizer, chat=chat, words=words)
+        try:
+            shards = _shards(params, model, to.tokenizer, spool_folder / str(words), inputs.rows(), chat, words)
+            tally = _encode(inputs, encoder, params, shards)
+            bad = tally.bad
+            with TableWriter(to.sft, SFT_SCHEMA) as writer:
+                # Chosen responses that serve as sft rows are reported with their pair already.
+                sft_bad = BadRows() if params.sft.source == "pairs" else bad
+                supervised = write_supervised(inputs.supervised(), encoder, writer, sft_bad)
+            break
+        except WordsDisagree as error:
+            print(f"prepare: again, without data/words.py, whose ids are not the tokenizer's: {error}", file=sys.stderr)
+    _judge(bad, on_bad_row, params)
+    spooled = Spooled([Path(shard.folder) for shard in shards], shards[0].partitions)
+    counts, noticed = PairCounts(spooled.kept, tally.long), Notices(encoder.special_tokens if chat else [])
+    noticed.add_keys(spooled.kept.keys)
+    _write_pairs(spooled, to, [counts, noticed])
+    _need_rows(params, counts.counts(), supervised, bad)
     skipped = {"count": bad.count, "examples": [row._asdict() for row in bad.first]}
     summary = {**counts.counts(), **supervised, "vocabulary_size": len(tokenizer), "skipped_rows": skipped}
-    summary |= noticed.counts | {"unused_columns": sorted(forms.unused)}
-    summary |= {"forms": dict(forms.found), "dropped_ties": forms.ties}
-    summary |= {"fields_not_rendered": dict(sorted(encoder.unrendered.items()))}
-    summary |= {"feedback_without_other_prompts": stream.mismatches.within}
+    summary |= noticed.counts | {"unused_columns": sorted(tally.unused)}
+    summary |= {"forms": dict(tally.forms), "dropped_ties": tally.ties}
+    summary |= {"fields_not_rendered": dict(sorted(tally.unrendered.items()))}
+    summary |= {"feedback_without_other_prompts": tally.within}
     tell(summary)
     write_json(to.summary, summary, indent=2)
     return summary
 
 
-def _write_pairs(spool: PairSpool, kept: Kept, to: _Outputs, counters: Sequence[PairCounts | Notices]) -> None:
+def _shards(
+    params: PrepareParams, model: ModelParams, tokenizer: Path, folder: Path, rows: int, chat: bool, words: bool
+) -> list[Shard]:
+    """As many as there are cores, and fewer of few rows."""
+    return [
+        Shard(
+            params=params.model_dump(),
+            tokenizer=str(tokenizer),
+            trust_remote_code=model.trust_remote_code,
+            chat=chat,
+            words=words,
+            folder=str(folder / str(place)),
+            partitions=partitions_for(rows),
+            first=first,
+            last=last,
+        )
+        for place, (first, last) in enumerate(ranges(rows, usable_processes()))
+    ]
+
+
+def _encode(inputs: Inputs, encoder: Encoder, params: PrepareParams, shards: list[Shard]) -> Tally:
+    """All rows into spools: the first shard by this process, the others by their own."""
+    with elsewhere(shards[1:]) as processes, progress_bar("prepare pairs", inputs.rows()) as advance:
+        # The others are about as far.
+        tally = encode_here(inputs, encoder, params, shards[0], lambda done, _=0: advance(done * len(shards)))
+        for process in processes:
+            tally.add(process.tally())
+    return tally
+
+
+def _write_pairs(spooled: Spooled, to: _Outputs, counters: Sequence[PairCounts | Notices]) -> None:
     def write_pairs() -> None:
         with TableWriter(to.pairs, PAIRS_SCHEMA) as writer:
-            for table in spool.pairs(kept):
+            for table in spooled.pairs():
                 writer.write(table)
                 for counter in counters:
                     counter.add_pairs(table)
-        if kept.feedback.any():
+        if spooled.kept.feedback.any():
             with TableWriter(to.feedback, FEEDBACK_SCHEMA) as writer:
-                for table in spool.feedback(kept):
+                for table in spooled.feedback():
                     writer.write(table)
 
     with ThreadPoolExecutor(1) as pool:
         written = pool.submit(write_pairs)
         with TableWriter(to.responses, RESPONSES_SCHEMA) as writer:
-            for table in spool.responses(kept):
+            for table in _ahead(spooled.responses()):
                 writer.write(table)
                 for counter in counters:
                     counter.add_responses(table)
         written.result()
+
+
+def _ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same tables, the next one read while the last one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, tables, None)
+        while (table := coming.result()) is not None:
+            coming = pool.submit(next, tables, None)
+            yield table
 
 
 def _trained(inputs: Inputs, model: ModelParams, on_bad_row: str, params: PrepareParams) -> Any:
@@ -136,7 +181,8 @@ def _trained(inputs: Inputs, model: ModelParams, on_bad_row: str, params: Prepar
     first = next(good, None)
     if first is None:
         bad = BadRows()
-        for row in chain((row for row, _ in inputs.preferences()), inputs.supervised()):
+        pairs = (part for row in inputs.preferences() for part, _ in row)
+        for row in chain(pairs, inputs.supervised()):
             if isinstance(row, BadRow):
                 bad.add(row)
         _judge(bad, on_bad_row, params)  # the likelier cause

@@ -81,10 +81,11 @@ def test_one_prompt_alone_has_its_other_response_and_that_is_told(prepared, caps
     assert "2 rows of feedback stand near no other prompt" in capsys.readouterr().err
 
 
-def test_a_batch_of_one_prompt_takes_from_the_batch_before(prepared, monkeypatch):
+def test_mismatched_responses_come_from_rows_that_are_read_together(prepared, monkeypatch):
+    """So that they are the same however many processes read."""
     monkeypatch.setattr("pipeline.data.pairing.BATCH_ROWS", 2)
-    _, rows = prepared(unpaired(("a?", "b", True), ("c?", "d", False), ("e?", "f", True)))
-    assert prepared.said(rows["mismatched_key"][2]) == ("e?", "d</s>")
+    _, rows = prepared(unpaired(*((f"{n}?", str(n), True) for n in range(6))))
+    assert [prepared.said(key)[1] for key in rows["mismatched_key"]] == [f"{n}</s>" for n in (1, 0, 3, 2, 5, 4)]
 
 
 @pytest.mark.parametrize("label", ["yes", None, 2])
