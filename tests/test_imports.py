@@ -23,7 +23,8 @@ ARROWS = {
     "trainable": "params model",
     "forward": "params model",
     "published": "params",
-    "data": "params model.tokenizer published",
+    "encoding": "",
+    "data": "params model.tokenizer published encoding",
     "sketches": "params model trainable forward",
     "auxdpo": "params objectives model trainable forward data",
     "engine": "params model forward sketches",
@@ -36,7 +37,7 @@ ARROWS = {
 }
 OPEN = {"errors", "files", "hub", "progress", "workspace"}  # modules of pipeline/ itself, for every room
 ENGINES = {"vllm": "pipeline/engine/vllm_engine.py", "deepspeed": "pipeline/training/deepspeed_engine.py"}
-ENGINE_FREE = ["params", "objectives", "report", "model", "trainable", "forward", "published", "data"]
+ENGINE_FREE = ["params", "objectives", "report", "model", "trainable", "forward", "published", "encoding", "data"]
 ENGINE_FREE += ["sketches", "auxdpo"]
 TORCH_FREE = ["cache", "pipeline.params", "pipeline.report", "pipeline.upkeep.inspection", "pipeline.upkeep.garbage"]
 

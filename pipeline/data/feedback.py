@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cache.keys import prompt_key, response_key
-from pipeline.data.dialogues import readable, text_of
-from pipeline.data.encoding import Encoded, Encoder, Unusable
 from pipeline.data.preferences import Feedback
+from pipeline.encoding.dialogues import readable, text_of
+from pipeline.encoding.encoder import Encoded, Encoder, Unusable
 from pipeline.published.files import BadRow
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.data.demo import demo_rows, demo_sft_rows
-from pipeline.data.dialogues import readable
 from pipeline.data.preferences import (
     Feedback,
     Preference,
@@ -17,6 +16,7 @@ from pipeline.data.preferences import (
     parse_supervised,
 )
 from pipeline.data.splitting import is_selected, side_of
+from pipeline.encoding.dialogues import readable
 from pipeline.params import ColumnNames, PrepareParams
 from pipeline.published.files import BadRow, Row, count_rows, find_files, read_file
 from pipeline.published.forms import Forms

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cache.keys import prompt_key, response_key
-from pipeline.data.dialogues import Answer, Prompt, readable, text_of
-from pipeline.data.encoding import Encoded, Encoder, Unusable
 from pipeline.data.feedback import EncodedFeedback, Mismatches, feedback_columns
 from pipeline.data.inputs import Inputs
 from pipeline.data.preferences import Feedback, Preference, SupervisedExample
 from pipeline.data.splitting import side_of
 from pipeline.data.spool import Kept, PairSpool, prompt_counts
 from pipeline.data.tables import SFT_SCHEMA, TOKENS, TableWriter
+from pipeline.encoding.dialogues import Answer, Prompt, readable, text_of
+from pipeline.encoding.encoder import Encoded, Encoder, Unusable
 from pipeline.params import PrepareParams
 from pipeline.progress import Advance
 from pipeline.published.files import BadRow

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from pipeline.data.dialogues import (
+from pipeline.encoding.dialogues import (
     Answer,
     BadDialogue,
     Message,

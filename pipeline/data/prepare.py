@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from pipeline.data.dialogues import readable, text_of
-from pipeline.data.encoding import Encoder
 from pipeline.data.inputs import Inputs
 from pipeline.data.notices import Notices, tell
 from pipeline.data.pairing import BadRows, PairCounts, Tally, write_supervised
@@ -25,7 +23,9 @@ from pipeline.data.preferences import SupervisedExample
 from pipeline.data.shards import Shard, elsewhere, encode_here, encoder_for, ranges, usable_processes
 from pipeline.data.spool import Spooled, partitions_for
 from pipeline.data.tables import FEEDBACK_SCHEMA, PAIRS_SCHEMA, RESPONSES_SCHEMA, SFT_SCHEMA, TableWriter
-from pipeline.data.words import WordsDisagree
+from pipeline.encoding.dialogues import readable, text_of
+from pipeline.encoding.encoder import Encoder
+from pipeline.encoding.words import WordsDisagree
 from pipeline.errors import RequestError
 from pipeline.files import write_json
 from pipeline.model.tokenizer import load_tokenizer, read_template, train_tokenizer
@@ -96,7 +96,10 @@ def _prepare(
                 supervised = write_supervised(inputs.supervised(), encoder, writer, sft_bad)
             break
         except WordsDisagree as error:
-            print(f"prepare: again, without data/words.py, whose ids are not the tokenizer's: {error}", file=sys.stderr)
+            print(
+                f"prepare: again, without encoding/words.py, whose ids are not the tokenizer's: {error}",
+                file=sys.stderr,
+            )
     _judge(bad, on_bad_row, params)
     spooled = Spooled([Path(shard.folder) for shard in shards], shards[0].partitions)
     counts, noticed = PairCounts(spooled.kept, tally.long), Notices(encoder.special_tokens if chat else [])

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.encoding import Encoder, Limits
 from pipeline.data.inputs import Inputs
 from pipeline.data.pairing import BATCH_ROWS, PairStream, Tally
 from pipeline.data.spool import PairSpool
-from pipeline.data.words import WordsDisagree
+from pipeline.encoding.encoder import Encoder, Limits
+from pipeline.encoding.words import WordsDisagree
 from pipeline.errors import RequestError, RunFailed
 from pipeline.model.tokenizer import open_tokenizer
 from pipeline.params import PrepareParams
@@ -39,7 +39,7 @@ class Shard:
     tokenizer: str  # folder, with the chat template
     trust_remote_code: bool
     chat: bool
-    words: bool  # data/words.py
+    words: bool  # encoding/words.py
     folder: str
     partitions: int  # of its spool
     first: int

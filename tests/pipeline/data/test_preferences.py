@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.data.dialogues import Message, readable
 from pipeline.data.preferences import Preference, SupervisedExample, parse_pair, parse_supervised
+from pipeline.encoding.dialogues import Message, readable
 from pipeline.errors import RequestError
 from pipeline.params import ColumnNames, PrepareParams
 from pipeline.published.files import BadRow, Row

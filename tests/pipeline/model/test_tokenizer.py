@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.dialogues import Message
-from pipeline.data.encoding import Encoder, Limits
+from pipeline.encoding.dialogues import Message
+from pipeline.encoding.encoder import Encoder, Limits
 from pipeline.errors import RequestError
 from pipeline.model.tokenizer import load_tokenizer, read_template, train_tokenizer
 from pipeline.params import ModelParams

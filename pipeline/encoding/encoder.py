@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pipeline.data.dialogues import Answer, Message, Prompt, text_of
-from pipeline.data.shortening import shortened
-from pipeline.data.words import WordMemory
+from pipeline.encoding.dialogues import Answer, Message, Prompt, text_of
+from pipeline.encoding.shortening import shortened
+from pipeline.encoding.words import WordMemory
 from pipeline.errors import RequestError
 
 BATCH_TEXTS = 2000  # texts handed to the tokenizer at once: enough for all cores, few enough for memory
@@ -76,7 +76,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, *, chat: bool, limits: Limits, words: bool = True) -> None:
-        """words: take the ids of texts from those of their words, where the tokenizer allows it (data/words.py)."""
+        """words: take the ids of texts from those of their words, where the tokenizer allows it (encoding/words.py)."""
         self._tokenizer = tokenizer
         self._chat = chat
         self._limits = limits

@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.data.dialogues import Message
-from pipeline.data.encoding import Encoded, Encoder, Limits
+from pipeline.encoding.dialogues import Message
+from pipeline.encoding.encoder import Encoded, Encoder, Limits
 from tests.pipeline.data.chat_tokenizers import CHATML, GEMMA, LLAMA3
 from tests.tiny import TINY_MODEL
 

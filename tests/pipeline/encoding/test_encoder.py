@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.data.dialogues import Message
-from pipeline.data.encoding import Encoded, Encoder, Limits, Unusable
+from pipeline.encoding.dialogues import Message
+from pipeline.encoding.encoder import Encoded, Encoder, Limits, Unusable
 from pipeline.errors import RequestError
 from tests.pipeline.data import chat_tokenizers
 from tests.pipeline.data.chat_tokenizers import byte_tokenizer
@@ -154,7 +154,7 @@ def test_long_prompts_are_dropped_or_lose_their_left_side():
 
 
 def test_results_come_in_the_order_asked_for_across_batches_and_repeats(monkeypatch):
-    monkeypatch.setattr("pipeline.data.encoding.BATCH_TEXTS", 3)
+    monkeypatch.setattr("pipeline.encoding.encoder.BATCH_TEXTS", 3)
     tokenizer = chat_tokenizers.plain()
     examples = [(f"q{n % 4}", f"a{n % 5}") for n in range(20)]
     encoded = Encoder(tokenizer, chat=False, limits=WIDE).encode(examples)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.data.dialogues import Message
-from pipeline.data.encoding import Encoded, Encoder, Limits, Unusable
-from pipeline.data.shortening import shortened
+from pipeline.encoding.dialogues import Message
+from pipeline.encoding.encoder import Encoded, Encoder, Limits, Unusable
+from pipeline.encoding.shortening import shortened
 from tests.pipeline.data import chat_tokenizers
 
 SYSTEM, FIRST = Message("system", "Be brief."), Message("user", "abcdefgh")

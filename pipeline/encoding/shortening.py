@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from pipeline.data.dialogues import Message
+from pipeline.encoding.dialogues import Message
 
 _INSTRUCTIONS = ("system", "developer")
 

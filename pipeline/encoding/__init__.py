@@ -1,0 +1,1 @@
+"""Prompts and responses, as dialogues or plain text -> token ids."""
