@@ -43,7 +43,8 @@ def processes(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_number_of_processes_changes_no_byte(tmp_path, model, processes, capsys):
+@pytest.mark.parametrize("feedback", [True, False])
+def test_the_number_of_processes_changes_no_byte(tmp_path, model, processes, capsys, feedback):
     """With bad rows, prompts that are too long, repeated pairs, prompts of both splits, feedback and rewards."""
     rows = pair_rows(1700)
     for n in range(0, 1700, 50):
@@ -58,7 +59,7 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, model, processes, cap
         tmp_path / "in",
         files=files,
         sft={"source": "pairs"},
-        feedback=True,
+        feedback=feedback,
         max_prompt_tokens=100,
         on_bad_row="skip",
     )

@@ -19,6 +19,8 @@ QWEN2 = (
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 SPECIAL = ["<|end|>", "<|endoftext|>", "<x>"]
 TEXTS = ["It isn't 12345 things, is it?\n\n  No —  “it’s” naïve.", "def f(x):\n    return x ** 2  # ½\r\n\t"] * 3
+# Merges that a letter or number taken for something else would break.
+TEXTS += ["aªb cºd 2²3 5¾6 xéßÆøŉz µm"] * 9
 
 
 def trained(pre_tokenizer, normalizer=None):
