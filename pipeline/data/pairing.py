@@ -26,7 +26,7 @@ from pipeline.params import PrepareParams
 from pipeline.progress import Advance
 from pipeline.published.files import BadRow
 
-BATCH_ROWS = 500  # input rows that are in memory at once
+BATCH_ROWS = 250  # input rows that are in memory at once
 KEPT_BAD_ROWS = 20
 
 _Batch = list[tuple[Preference | Feedback | BadRow, str | None]]  # with the side; None: by the prompt's hash

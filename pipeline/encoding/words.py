@@ -19,6 +19,7 @@ CHECKED = 50  # one text in so many is compared with what the tokenizer makes of
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own
 # U+017F and U+2000 to U+200F, U+2028 to U+202F are left out: an s by case folding, spaces and controls.
 _USUAL = re.compile("[\x00-\x1b\x20-\x7e\u00a1-\u017e\u2010-\u2027\u2030-\u205e]*")
+_ODD = "\x1c\x1d\x1e\x1f\x7f"  # of ASCII what is not among these
 # Letters and numbers among these, as Unicode has had them since 1.1.
 _CLASSES = {
     r"\p{L}": "A-Za-z\u00aa\u00b5\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u017e",
@@ -64,7 +65,7 @@ class WordMemory:
         return found
 
     def _encoded(self, text: str) -> np.ndarray | None:
-        if not _USUAL.fullmatch(text):
+        if any(odd in text for odd in _ODD) if text.isascii() else not _USUAL.fullmatch(text):
             return None
         words: list[str] = []
         for number, part in enumerate(self._added.split(text) if self._added is not None else [text]):
@@ -118,7 +119,7 @@ def _patterns(parts: dict[str, Any]) -> list[str]:
         if step.get("type") == "ByteLevel" and not step["add_prefix_space"]:
             patterns += [_GPT2] * step["use_regex"]
         elif step.get("type") == "Digits" and step["individual_digits"]:
-            patterns.append(r"[0-9]|[^0-9]+")
+            patterns.append(r"\p{N}|[^\p{N}]+")  # Rust's is_numeric
         elif step.get("type") == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
             patterns.append(step["pattern"]["Regex"])
         else:
