@@ -168,6 +168,19 @@ def name_examples(folder: Path, split: str, numbers: Sequence[int], *, feedback:
     return [f"{what} {number} ({source})" for number, source in rows[list(numbers)].iter_rows()]
 
 
+def scan_sources(folder: Path) -> pl.LazyFrame:
+    """The input lines that responses come from: response_key, source, in file order; a response may have several."""
+    tables = [(scan_pairs(folder), "pair_id", PAIR_SIDES)]
+    if (folder / "feedback.parquet").exists():
+        tables.append((scan_feedback(folder), "feedback_id", FEEDBACK_SIDES))
+    sides = [
+        table.select(pl.col(side).alias("response_key"), "source", pl.col(number).alias("place"))
+        for table, number, names in tables
+        for side in names
+    ]
+    return pl.concat(sides).sort("place", maintain_order=True).unique(["response_key", "source"], maintain_order=True)
+
+
 def iter_responses(folder: Path, columns: Sequence[str], *, rows: int) -> Iterator[pl.DataFrame]:
     """The responses in file order, at most `rows` at a time, so that memory does not grow with the file."""
     scan_responses(folder)

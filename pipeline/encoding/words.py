@@ -39,6 +39,8 @@ class WordMemory:
 
     def __init__(self, tokenizer: Any) -> None:
         """Raises ValueError for a tokenizer whose words can't be told so."""
+        if not hasattr(tokenizer, "backend_tokenizer") or not type(tokenizer).__module__.startswith("transformers."):
+            raise ValueError("a tokenizer in Python, or with code of its own")
         self._tokenizer = tokenizer
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
         self._splits = [re.compile(_in_python(pattern), re.ASCII) for pattern in _patterns(parts)]

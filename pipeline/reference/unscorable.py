@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.data.tables import read_pairs
+from pipeline.data.tables import scan_sources
 from pipeline.engine.supervision import Quarantined
 from pipeline.errors import RequestError, RunFailed
 from pipeline.model.limits import UnscorableRow
@@ -51,13 +51,11 @@ def refuse(
 
 
 def source_lines(pairs: Path, keys: Collection[bytes]) -> dict[bytes, list[str]]:
-    """Where in the input each of the responses `keys` came from ("file:line"), in file order; absent if in no pair."""
-    wanted, found = frozenset(keys), dict[bytes, list[str]]()
-    rows = read_pairs(pairs).select("source", "chosen_key", "rejected_key")
-    theirs = rows.filter(pl.any_horizontal(pl.col("chosen_key", "rejected_key").is_in(wanted)))
-    for source, *pair in theirs.iter_rows():
-        for key in wanted.intersection(pair):
-            found.setdefault(key, []).append(source)
+    """Where in the input each of the responses `keys` came from ("file:line"), in file order; absent if nowhere."""
+    found = dict[bytes, list[str]]()
+    theirs = scan_sources(pairs).filter(pl.col("response_key").is_in(frozenset(keys)))
+    for key, source in theirs.select("response_key", "source").collect().iter_rows():
+        found.setdefault(key, []).append(source)
     return found
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from cache import CacheCorrupt, Journal, Reference, open_reference, verify
-from pipeline.data.tables import iter_responses, scan_pairs, scan_responses
+from pipeline.data.tables import iter_responses, scan_pairs, scan_responses, scan_sources
 from pipeline.engine.rows import ROW_COLUMNS, engine_rows, scored_table
 from pipeline.params import ScoreParams
 from pipeline.progress import progress_bar
@@ -158,12 +158,8 @@ def _chunks(pairs: Path, chosen: pl.Series | None) -> Iterator[pl.DataFrame]:
 def _named(flagged: list[Flagged], pairs: Path) -> list[dict[str, Any]]:
     """The rows with the source lines of the pairs that use them."""
     keys = pl.Series("response_key", [row.key for row in flagged], dtype=pl.Binary)
-    sides = [
-        scan_pairs(pairs).select(pl.col(side).alias("response_key"), "pair_id", "source")
-        for side in ("chosen_key", "rejected_key")
-    ]
-    used = pl.concat(sides).filter(pl.col("response_key").is_in(keys.implode())).sort("pair_id")
-    lines = used.unique(["response_key", "source"], keep="first", maintain_order=True).group_by("response_key")
+    used = scan_sources(pairs).filter(pl.col("response_key").is_in(keys.implode()))
+    lines = used.group_by("response_key", maintain_order=True)
     sources = dict(lines.agg(pl.col("source").head(LISTED_SOURCES)).collect().iter_rows())
     return [
         {

@@ -109,6 +109,19 @@ def test_added_tokens_that_take_white_space_along_are_left_to_the_tokenizer():
         WordMemory(tokenizer)
 
 
+def test_so_are_tokenizers_with_code_of_their_own():
+    class Own(PreTrainedTokenizerFast):
+        pass
+
+    class InPython:
+        pass
+
+    with pytest.raises(ValueError, match="code of its own"):
+        WordMemory(Own(tokenizer_object=TOKENIZERS["qwen2"].backend_tokenizer))
+    with pytest.raises(ValueError, match="in Python"):
+        WordMemory(InPython())
+
+
 def test_wrong_ids_are_found_and_prepare_begins_again_without_the_memory(tmp_path, monkeypatch, capsys):
     tokenizer = TOKENIZERS["qwen2"]
     memory = WordMemory(tokenizer)
