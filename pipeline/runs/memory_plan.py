@@ -67,7 +67,7 @@ def plan_memory(
     where it lacks its sketches.
     """
     layout = "shared_prompts" if loop.layout == "auto" else loop.layout
-    batches = PairBatches(pairs, layout)
+    batches = PairBatches(pairs, layout, feedback=objective is not None and objective.reads_feedback)
     micro = _largest_micro_batch(batches, loop)
     with torch.device("meta"):  # peft knows this device, and not fake tensors
         policy: Any = model_of_config(model, dtype=getattr(torch, loop.dtype), trust_remote_code=trust_remote_code)

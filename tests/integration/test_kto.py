@@ -9,6 +9,7 @@ import pytest
 from pipeline.data.tables import read_responses
 from pipeline.errors import RequestError
 from pipeline.params import ModelParams, TrainParams
+from pipeline.runs.memory_plan import plan_memory
 from pipeline.runs.policy import train_policy
 from tests.integration.trainings import TRAIN, inputs, outputs
 from tests.pipeline.data.preparing import file_params, prepare_into, write_jsonl
@@ -81,6 +82,12 @@ def test_held_out_feedback_has_the_loss_that_plain_transformers_give(trained, fe
     assert measured["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
     assert measured["kl"] == pytest.approx(baseline, abs=1e-4)
     assert measured["rewards/accuracies"] == pytest.approx(np.mean(right))
+
+
+def test_the_memory_plan_reads_feedback(feedback):
+    params = TrainParams.model_validate(TRAIN | SETTINGS)
+    plan = plan_memory(feedback / "model", feedback / "pairs", params, "all", objective=params.variant("kto"))
+    assert plan.micro_batch_tokens > SETTINGS["micro_batch_size"]
 
 
 def test_pairs_alone_are_no_feedback(phase_one, tmp_path, monkeypatch):
