@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from pipeline.data.counting import BadRows, PairCounts, Tally
 from pipeline.data.inputs import Inputs
 from pipeline.data.notices import Notices, tell
-from pipeline.data.pairing import BadRows, PairCounts, Tally, write_supervised
+from pipeline.data.pairing import write_supervised
 from pipeline.data.preferences import SupervisedExample
 from pipeline.data.shards import Shard, elsewhere, encode_here, encoder_for, ranges, usable_processes
 from pipeline.data.spool import Spooled, partitions_for

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.counting import Tally
 from pipeline.data.inputs import Inputs
-from pipeline.data.pairing import BATCH_ROWS, PairStream, Tally
+from pipeline.data.pairing import BATCH_ROWS, PairStream
 from pipeline.data.spool import PairSpool
 from pipeline.encoding.encoder import Encoder, Limits
 from pipeline.encoding.words import WordsDisagree

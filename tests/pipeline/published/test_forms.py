@@ -416,6 +416,11 @@ def test_texts_that_were_rendered_before_are_noticed_and_end_once(prepared, caps
     assert "special tokens" not in capsys.readouterr().err
 
 
+def test_a_special_token_that_closes_no_turn_stays_at_the_end_of_a_text(prepared):
+    row = {"prompt": "Fox?", "chosen": "Red<call>", "rejected": "Blue"}
+    assert prepared(row).pairs == [pair("[user]Fox?", "Red<call>", "Blue")]
+
+
 def test_what_the_template_leaves_out_is_counted(prepared, capsys):
     row = {"prompt": "Fox?", "chosen": [said("assistant", "Red", reasoning_content="It is.")], "rejected": "Blue"}
     found = prepared(row | {"chat_template_kwargs": {"enable_thinking": False}})
