@@ -15,7 +15,7 @@ import pyarrow as pa
 from pipeline.data.tables import FEEDBACK_SCHEMA, PAIRS_SCHEMA, RESPONSES_SCHEMA
 
 PARTITION_ROWS = 800  # input rows whose responses are about one partition
-BUFFER_BYTES = 8 * 2**20  # responses in memory before they go to their partitions
+BUFFER_BYTES = 4 * 2**20  # responses in memory before they go to their partitions
 
 _OWNER = pa.field("owner", pa.int64(), nullable=False)  # number of the pair, or -1 less the number of the feedback
 _RESPONSES = pa.schema([*RESPONSES_SCHEMA, _OWNER])

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-MOST_WORDS = 500_000  # remembered at once
+MOST_WORDS = 100_000  # remembered at once
 CHECKED = 50  # one text in so many is compared with what the tokenizer makes of it
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own
