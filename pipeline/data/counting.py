@@ -43,7 +43,8 @@ class Tally:
     long: LongPrompts = field(default_factory=LongPrompts)
     forms: Counter[str] = field(default_factory=Counter)  # rows by form
     ties: int = 0
-    unused: set[str] = field(default_factory=set)  # columns
+    seen: set[str] = field(default_factory=set)  # columns that hold something
+    used: set[str] = field(default_factory=set)  # columns that any row's meaning was taken from
     unrendered: Counter[str] = field(default_factory=Counter)  # dialogues by field
     within: int = 0  # rows of feedback without another prompt near
 
@@ -55,7 +56,8 @@ class Tally:
         self.long.rows += other.long.rows
         self.forms += other.forms
         self.ties += other.ties
-        self.unused |= other.unused
+        self.seen |= other.seen
+        self.used |= other.used
         self.unrendered += other.unrendered
         self.within += other.within
 
@@ -65,7 +67,8 @@ class Tally:
             "long": {"prompts": sorted(key.hex() for key in self.long.prompts), "rows": self.long.rows},
             "forms": dict(self.forms),
             "ties": self.ties,
-            "unused": sorted(self.unused),
+            "seen": sorted(self.seen),
+            "used": sorted(self.used),
             "unrendered": dict(self.unrendered),
             "within": self.within,
         }
@@ -75,7 +78,8 @@ class Tally:
         bad = BadRows(found["bad"]["count"], [BadRow(*row) for row in found["bad"]["first"]])
         long = LongPrompts({bytes.fromhex(key) for key in found["long"]["prompts"]}, found["long"]["rows"])
         forms, unrendered = Counter(found["forms"]), Counter(found["unrendered"])
-        return cls(bad, long, forms, found["ties"], set(found["unused"]), unrendered, found["within"])
+        columns = set(found["seen"]), set(found["used"])
+        return cls(bad, long, forms, found["ties"], *columns, unrendered, found["within"])
 
 
 class PairCounts:

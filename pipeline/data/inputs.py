@@ -20,7 +20,7 @@ from pipeline.encoding.dialogues import readable
 from pipeline.params import ColumnNames, PrepareParams
 from pipeline.published.files import BadRow, Row, count_rows, find_files, read_file
 from pipeline.published.forms import Forms
-from pipeline.published.rows import FeedbackRow, PairRow
+from pipeline.published.rows import CONTEXT, FeedbackRow, PairRow
 from pipeline.published.sources import Dataset
 
 
@@ -42,7 +42,8 @@ class Inputs:
         self._params = params
         self._chat = chat
         self._pairs, self._test = _sources(params)
-        self.forms = Forms(params)  # of the last reading of preferences
+        self.forms = Forms(params, chat=chat)  # of the last reading of preferences
+        self.sft_unused: set[str] = set()  # columns of sft files that nothing was taken from
 
     def rows(self) -> int:
         """How many rows hold the preferences, about."""
@@ -53,7 +54,7 @@ class Inputs:
     ) -> Iterator[list[tuple[Preference | Feedback | BadRow, str | None]]]:
         """For each row from `first` to before `last`, in input order, what it holds: pairs or feedback with their side,
         which is None where they are to be split by prompt."""
-        self.forms = Forms(self._params)
+        self.forms = Forms(self._params, chat=self._chat)
         side = "train" if self._test else None
         sources = [(source, side) for source in self._pairs] + [(source, "test") for source in self._test]
         rows = ((row, split) for source, split in sources for row in source.rows())
@@ -81,8 +82,17 @@ class Inputs:
                 yield part
 
     def _examples(self, rows: Iterator[Row | BadRow]) -> Iterator[SupervisedExample | BadRow]:
+        columns = self._params.columns
+        meanings = ("prompt", "completion", "system", "input", "history", "messages")
+        used = {name for meaning in meanings for name in columns.candidates(meaning)} | set(
+            CONTEXT if self._chat else ()
+        )
         for row in rows:
-            yield row if isinstance(row, BadRow) else parse_supervised(row, self._params.columns, chat=self._chat)
+            if isinstance(row, BadRow):
+                yield row
+            else:
+                self.sft_unused.update(n for n, value in row.values.items() if value is not None and n not in used)
+                yield parse_supervised(row, columns, chat=self._chat)
 
     def _chosen_responses(self) -> Iterator[SupervisedExample]:
         """The distinct chosen responses of a share of the training prompts, in input order."""

@@ -82,7 +82,8 @@ class PairStream:
             while waiting:
                 finish()
         forms = self._inputs.forms
-        self._tally.forms, self._tally.ties, self._tally.unused = forms.found, forms.ties, forms.unused
+        self._tally.forms, self._tally.ties = forms.found, forms.ties
+        self._tally.seen, self._tally.used = forms.seen, forms.used
         self._tally.unrendered, self._tally.within = self._encoder.unrendered, self._mismatches.within
         return self._tally
 

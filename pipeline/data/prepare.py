@@ -109,7 +109,7 @@ def _prepare(
     _need_rows(params, counts.counts(), supervised, bad)
     skipped = {"count": bad.count, "examples": [row._asdict() for row in bad.first]}
     summary = {**counts.counts(), **supervised, "vocabulary_size": len(tokenizer), "skipped_rows": skipped}
-    summary |= noticed.counts | {"unused_columns": sorted(tally.unused)}
+    summary |= noticed.counts | {"unused_columns": sorted((tally.seen - tally.used) | inputs.sft_unused)}
     summary |= {"forms": dict(tally.forms), "dropped_ties": tally.ties}
     summary |= {"fields_not_rendered": dict(sorted(tally.unrendered.items()))}
     summary |= {"feedback_without_other_prompts": tally.within}

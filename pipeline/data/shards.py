@@ -29,6 +29,7 @@ from pipeline.progress import Advance
 FEWEST_ROWS = 4000  # of one process
 # Arrow's own allocator keeps what was freed, half as much again as is in use. Read when pyarrow is imported.
 PLAIN_MEMORY = {"ARROW_DEFAULT_MEMORY_POOL": "system"}
+MOST_PROCESSES = 8
 LEAD_ROWS = 2000  # that this process is through with when the others have started
 
 
@@ -61,7 +62,9 @@ def ranges(rows: int, processes: int) -> list[tuple[int, int | None]]:
 
 
 def usable_processes() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """One a core; each takes a quarter of a gigabyte, hence a bound."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_PROCESSES)
 
 
 def encode_here(inputs: Inputs, encoder: Encoder, params: PrepareParams, shard: Shard, advance: Advance) -> Tally:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pipeline.params import PrepareParams, RankedParams
 from pipeline.published import choices, ranked, winners
 from pipeline.published.files import BadRow, Row
-from pipeline.published.rows import BadForm, FeedbackRow, PairRow, asked, ends_with_answer, is_dialogue
+from pipeline.published.rows import CONTEXT, BadForm, FeedbackRow, PairRow, asked, ends_with_answer, is_dialogue
 
 Values = Mapping[str, Any]
 # What a row holds, how many were left out as ties, and the columns that were used beside what is asked.
@@ -26,12 +26,15 @@ class Form(NamedTuple):
 class Forms:
     """Reads rows in the form that params name, or finds each row's by its columns; counts what it meets."""
 
-    def __init__(self, params: PrepareParams) -> None:
+    def __init__(self, params: PrepareParams, *, chat: bool = True) -> None:
+        """chat: whether a template reads what rows give it beside messages."""
         self._params = params
+        self._unread = frozenset[str]() if chat else frozenset(CONTEXT)
         self._fixed = _fixed(params)
         self.found: Counter[str] = Counter()  # rows by form
         self.ties = 0
-        self.unused: set[str] = set()  # columns that no row's meaning was taken from
+        self.seen: set[str] = set()  # columns that hold something in any row
+        self.used: set[str] = set()  # those that any row's meaning was taken from
 
     def read(self, row: Row) -> Iterator[PairRow | FeedbackRow | BadRow]:
         name = self._fixed or next((name for name, form in FORMS.items() if form.fits(row.values, self._params)), None)
@@ -44,7 +47,8 @@ class Forms:
             return
         self.found[name] += 1
         self.ties += ties
-        self.unused |= row.values.keys() - used.union(*(part.asked.used for part in rows))
+        self.seen.update(column for column, value in row.values.items() if value is not None)
+        self.used |= used.union(*(part.asked.used for part in rows)) - self._unread
         yield from rows
 
 

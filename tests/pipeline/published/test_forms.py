@@ -519,3 +519,21 @@ def test_columns_of_other_names_are_taken_where_they_are_named(prepared):
 def test_messages_that_hold_the_chosen_answer_too_are_the_prompt_without_it(prepared):
     row = {"messages": [said("user", "Fox?"), said("assistant", "Red")], "chosen": "Red", "rejected": "Blue"}
     assert prepared(row).pairs == [FOX]
+
+
+def test_a_column_that_some_row_was_read_from_is_used_and_one_of_nulls_is_not_missed(prepared):
+    rows = CASES["alpaca"][0] + [{"instruction": "Hen?", "chosen": "a", "rejected": "b", "input": None, "note": None}]
+    assert prepared(*rows).summary["unused_columns"] == []
+
+
+def test_tools_that_no_template_reads_are_told(prepared):
+    row = {"prompt": "Fox?", "chosen": "Red", "rejected": "Blue", "tools": [{"name": "light"}]}
+    assert prepared(row, chat_template="never").summary["unused_columns"] == ["tools"]
+    assert prepared(row).summary["unused_columns"] == []
+
+
+def test_columns_of_sft_files_that_nothing_was_taken_from_are_told(prepared, tmp_path):
+    write_jsonl(tmp_path / "in/sft.jsonl", [{"prompt": "a?", "completion": "b", "score": 1}])
+    row = {"prompt": "Fox?", "chosen": "Red", "rejected": "Blue"}
+    found = prepared(row, sft={"source": "files", "files": ["sft.jsonl"]})
+    assert found.summary["unused_columns"] == ["score"]
