@@ -33,6 +33,11 @@ def trainer_forward_folder(name: str) -> Path:
     return workspace() / "trainer-forward" / name
 
 
+def answers_folder() -> Path:
+    """What policies were asked and answered, one folder per identity; all of it can be asked again."""
+    return workspace() / "answers"
+
+
 def damaged_folder() -> Path:
     """Files that `verify --repair` moved aside, in folders REFERENCE_ID-N."""
     return workspace() / "damaged"

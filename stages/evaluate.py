@@ -1,4 +1,4 @@
-"""The `evaluate` stage: one cell of the matrix of variants and seeds."""
+"""The `evaluate` stage: all cells of the sweep, or one."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,51 +8,106 @@ import click
 from stages.options import params_options, path_option
 
 if TYPE_CHECKING:
+    from pipeline.evaluation.cells import Cell
     from pipeline.params import Params
 
 
 @click.command(name="evaluate")
-@click.option("--variant", required=True, help="Name under train.variants.")
-@click.option("--seed", type=click.IntRange(min=0), required=True, help="Seed that the policy was trained with.")
 @path_option("--pairs", "Folder of pairs and responses from prepare; its test split is used.")
 @path_option("--model", "Reference model from sft.")
-@path_option("--policy", "Policy from train: a transformers folder or a peft adapter.")
 @path_option("--reference", "Reference cache from score.")
-@path_option("--metrics", "Metrics to write (JSON).")
+@click.option("--policies", type=click.Path(path_type=Path), help="Folder of VARIANT-SEED/ policies; with --out.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for VARIANT-SEED.json of every cell of the sweep.")
+@click.option("--answers", type=click.Path(path_type=Path), help="Folder for the answers that were read, as Parquet.")
+@click.option("--variant", help="One cell alone: name under train.variants; with --seed, --policy and --metrics.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed that the policy was trained with.")
+@click.option("--policy", type=click.Path(path_type=Path), help="Policy from train: transformers folder or adapter.")
+@click.option("--metrics", type=click.Path(path_type=Path), help="Metrics of that cell to write (JSON).")
 @params_options
 def command(
     params: "Params",
-    variant: str,
-    seed: int,
     pairs: Path,
     model: Path,
-    policy: Path,
     reference: Path,
-    metrics: Path,
+    policies: Path | None,
+    out: Path | None,
+    answers: Path | None,
+    variant: str | None,
+    seed: int | None,
+    policy: Path | None,
+    metrics: Path | None,
 ) -> None:
-    """Compare one policy with the reference on held-out pairs and on answers drawn from the policy.
+    """Compare policies with the reference on held-out pairs and on answers drawn from each policy.
+
+    Every cell of sweep.variants and sweep.seeds in one engine; what was measured before is not measured again.
 
     \b
-    Example:
+    Examples:
+      refcache evaluate --pairs data/prepared/pairs --model models/reference --reference data/reference/logps \\
+        --policies models/policies --out results/evaluate --answers results/answers
       refcache evaluate --variant dpo --seed 0 --pairs data/prepared/pairs --model models/reference \\
-        --policy models/policies/dpo-0 --reference data/reference/logps --metrics results/dpo-0/evaluate.json
+        --policy models/policies/dpo-0 --reference data/reference/logps --metrics dpo-0.json
     """
-    from pipeline.evaluation.evaluation import evaluate_policy
+    from pipeline.evaluation.cells import evaluate_cells
 
-    summary = evaluate_policy(
-        variant=variant,
-        seed=seed,
+    one = _one_cell(params, answers, variant=variant, seed=seed, policy=policy, metrics=metrics)
+    cells = [one] if one else _all_cells(params, policies, out, answers)
+    done = evaluate_cells(
+        cells,
         pairs=pairs,
         reference_model=model,
-        policy=policy,
         reference=reference,
-        metrics=metrics,
         params=params.evaluate,
         engine=params.score,
-        beta=params.train.variant(variant).reward_beta,
         trust_remote_code=params.model.trust_remote_code,
     )
-    click.echo(_line(summary))
+    for summary in done.cells.values():
+        click.echo(_line(summary))
+    if not one:
+        _remove_others(out, answers, cells)
+        click.echo(f"evaluate: {len(cells)} cells, {done.asked} with something new to measure, {done.starts} engines")
+
+
+def _one_cell(params: "Params", answers: Path | None, **given: Any) -> "Cell | None":
+    from pipeline.evaluation.cells import Cell
+
+    if not any(value is not None for value in given.values()):
+        return None
+    absent = [f"--{name}" for name, value in given.items() if value is None]
+    if absent:
+        raise click.UsageError(f"one cell needs --variant, --seed, --policy and --metrics; {', '.join(absent)} absent")
+    beta = params.train.variant(given["variant"]).reward_beta
+    cell = Cell(given["variant"], given["seed"], beta, given["policy"], given["metrics"])
+    return cell._replace(answers=answers / cell.name) if answers else cell
+
+
+def _all_cells(params: "Params", policies: Path | None, out: Path | None, answers: Path | None) -> list["Cell"]:
+    from pipeline.evaluation.cells import Cell
+
+    if policies is None or out is None:
+        raise click.UsageError(
+            "all cells need --policies and --out; one cell --variant, --seed, --policy and --metrics"
+        )
+    cells = []
+    for variant in params.sweep.variants:
+        for seed in params.sweep.seeds:
+            name, beta = f"{variant}-{seed}", params.train.variant(variant).reward_beta
+            of_cell = answers / name if answers else None
+            cells.append(Cell(variant, seed, beta, policies / name, out / f"{name}.json", of_cell))
+    return cells
+
+
+def _remove_others(out: Path | None, answers: Path | None, cells: list["Cell"]) -> None:
+    """Files of cells that are no longer in the sweep; `out` and `answers` are kept between runs."""
+    import shutil
+
+    names = {cell.name for cell in cells} | {"reference"}
+    for folder in filter(None, (out, answers)):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_file() and path.suffix == ".json" and path.stem not in names:
+                path.unlink()
+            elif path.is_dir() and path.name not in names and (path / "samples.parquet").exists():
+                shutil.rmtree(path)
 
 
 def _line(summary: dict[str, Any]) -> str:

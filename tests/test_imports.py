@@ -30,7 +30,8 @@ ARROWS = {
     "engine": "params model forward sketches",
     "training": "params objectives model trainable forward data auxdpo",
     "reference": "params model forward data sketches engine",
-    "evaluation": "params model trainable data engine reference.identity",
+    "policies": "params model trainable engine",
+    "evaluation": "params model data engine policies reference.identity",
     "runs": "params model trainable forward data training auxdpo.requirements auxdpo.rank_share"
     " reference.identity reference.drift",
     "upkeep": "params model trainable forward data sketches auxdpo engine.rows reference",

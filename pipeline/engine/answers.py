@@ -52,17 +52,18 @@ class FlatLogprobs(Protocol):
     end_indices: list[int]
     token_ids: list[int]
     logprobs: list[float]
+    ranks: list[int | None]
 
 
-def response_logps(flat: FlatLogprobs, response: np.ndarray) -> np.ndarray:
-    """Log-probs of the response's tokens, picked by token id: nats, (R,) float32.
+def ranked_logps(flat: FlatLogprobs, response: np.ndarray) -> np.ndarray:
+    """Of the response's tokens, picked by id, log-prob in nats (a float32's value) and rank (1: the likeliest): (R, 2).
 
     flat: over prompt and response; the first token of all has no entry. response: the ids of the last R tokens, (R,).
     Counted from the end, because an engine that read the prompt from its cache may leave out the beginning. Raises
     ValueError if the answer is about other tokens.
     """
     if not len(response):
-        return np.empty(0, np.float32)
+        return np.empty((0, 2))
     starts = np.asarray(flat.start_indices[-len(response) :])
     ends = np.asarray(flat.end_indices[-len(response) :])
     ids = np.asarray(flat.token_ids[starts[0] : ends[-1]])
@@ -73,4 +74,5 @@ def response_logps(flat: FlatLogprobs, response: np.ndarray) -> np.ndarray:
     answered, first = np.unique(owner[own], return_index=True)
     if len(answered) != len(response):
         raise ValueError(f"vLLM gave log-probs for {len(answered)} of {len(response)} response tokens")
-    return logps[own[first]]
+    ranks = np.asarray(flat.ranks[starts[0] : ends[-1]], dtype=np.float64)
+    return np.stack([logps[own[first]].astype(np.float64), ranks[own[first]]], axis=1)

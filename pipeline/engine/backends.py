@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from pipeline.engine.answers import response_logps
+from pipeline.engine.answers import ranked_logps
 from pipeline.forward.saved_head import load_output_head
 from pipeline.model.limits import model_limits
 from pipeline.sketches.head import HeadSketcher
@@ -64,6 +64,10 @@ class Backend(ABC):
     def read(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
         """Log-probs of the last computed tokens of the response, nats, float32, (<= response length,)."""
 
+    def read_ranked(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+        """As `read`, with each token's rank beside its log-prob, 1 for the likeliest: (<= response length, 2)."""
+        raise NotImplementedError
+
     def read_sketch(
         self, output: Any, prompt: np.ndarray, response: np.ndarray
     ) -> tuple[np.ndarray, HeadSketch | None]:
@@ -79,12 +83,15 @@ class PromptLogprobs(Backend):
         return _ONE_TOKEN | {"prompt_logprobs": 0, "flat_logprobs": True}
 
     def read(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+        return self.read_ranked(output, prompt, response)[:, 0].astype(np.float32)
+
+    def read_ranked(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
         # vLLM leaves uninitialised memory where it skipped; position P - 1 + i answers for response token i.
         computed = computed_tokens(output, prompt, response)
         try:
-            return response_logps(output.prompt_logprobs, response[len(response) - computed :])
+            return ranked_logps(output.prompt_logprobs, response[len(response) - computed :])
         except ValueError:  # about other tokens than these
-            return np.empty(0, np.float32)
+            return np.empty((0, 2))
 
 
 class TokenIds(Backend):

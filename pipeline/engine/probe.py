@@ -6,7 +6,7 @@ rows share a prompt longer than a block, begin alike, are prefixes of each other
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,8 +54,15 @@ def make_probe(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    rows = probe_rows(vocabulary, longest)
     loaded = open_model(model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    return probe_of(loaded, vocabulary=vocabulary, longest=longest, dtype=dtype, quantization=quantization)
+
+
+def probe_of(loaded: Any, *, vocabulary: int, longest: int, dtype: str, quantization: str | None) -> Probe:
+    """As `make_probe`, of a model that is open already."""
+    import torch
+
+    rows = probe_rows(vocabulary, longest)
     found = []
     with torch.inference_mode():
         for prompt, response in rows:

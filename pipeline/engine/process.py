@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from pipeline.engine.probe import Probe
-from pipeline.engine.rows import EngineLength, Row
+from pipeline.engine.rows import EngineLength, Row, Sampling
 from pipeline.errors import EngineFailed
 from pipeline.params import ScoreParams
 from pipeline.progress import Advance, activity
@@ -80,6 +80,10 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def ended(self) -> bool:
+        return self._pipe.closed
+
     def load(
         self,
         model: Path,
@@ -89,12 +93,17 @@ class EngineProcess:
         sampling: bool = False,
         trust_remote_code: bool = False,
         plan: HeadPlan | None = None,
+        exchangeable: bool = False,
+        lora_rank: int | None = None,
+        tokenizer: Path | None = None,
     ) -> str:
         """Build the engine, wait until it is ready, and return its backend (a key of backends.BACKENDS).
 
         length: from rows.engine_length. With a probe the fastest backend is taken that answers it rightly;
         without one, or with sampling (`generate`), the one that vLLM supports everywhere. plan: of sketches that
-        `score` is going to be asked for, which hidden_states alone can give. Raises EngineFailed.
+        `score` is going to be asked for, which hidden_states alone can give. exchangeable: `model` says what is built,
+        and `exchange` brings the weights. lora_rank: at most, of adapters for `adapt`. tokenizer: folder, for
+        Sampling.stop. Raises EngineFailed.
         """
         settings = {
             "model": model.absolute(),
@@ -103,6 +112,9 @@ class EngineProcess:
             "sampling": sampling,
             "trust_remote_code": trust_remote_code,
             "plan": plan,
+            "exchangeable": exchangeable,
+            "lora_rank": lora_rank,
+            "tokenizer": tokenizer,
         }
         with activity(f"starting vLLM ({self.log})"):
             on_cpu = self._ask(None, "did not start", None)
@@ -151,15 +163,28 @@ class EngineProcess:
         prompts: Sequence[np.ndarray],
         advance: Advance,
         *,
-        n: int,
-        max_new_tokens: int,
-        seed: int,
-        stop_token_ids: Sequence[int],
+        sampling: Sampling,
+        seeds: Sequence[int],
     ) -> list[list[list[int]]]:
-        """`n` sampled responses a prompt as token ids, at temperature 1, stop token included; raises as score does."""
-        options = {"n": n, "max_new_tokens": max_new_tokens, "seed": seed, "stop_token_ids": stop_token_ids}
+        """`sampling.n` answers a prompt as token ids, stop token included; raises as score. seeds: one a prompt."""
+        options = {"sampling": sampling, "seeds": seeds}
         answers: list[list[list[int]]] = self._ask(("generate", (prompts,), options), "failed while sampling", advance)
         return answers
+
+    def ranked(self, rows: Sequence[Row], advance: Advance) -> list[np.ndarray]:
+        """As `score`, of an engine that samples: (response length, 2) a row, log-prob and rank of each token."""
+        answers: list[np.ndarray] = self._ask(("ranked", (rows,), {}), "failed while scoring", advance)
+        return answers
+
+    def exchange(self, model: Path) -> None:
+        """Answer for the model in another folder, of the same config and tensors; needs `exchangeable`."""
+        with activity(f"loading {model} into vLLM"):
+            self._ask(("exchange", (model,), {}), f"failed while loading {model}", None)
+
+    def adapt(self, adapter: Path | None) -> str | None:
+        """Answer with a peft adapter, or with none; needs `lora_rank`. Returns why vLLM won't take it, or None."""
+        refused: str | None = self._ask(("adapt", (adapter,), {}), f"failed while loading {adapter}", None)
+        return refused
 
     def _ask(self, request: object, failed: str, advance: Advance | None) -> Any:
         """Send `request`, unless it is None, and wait for the answer."""

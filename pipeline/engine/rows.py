@@ -17,6 +17,25 @@ ROW_COLUMNS = ["response_key", "prompt_key", "prompt_ids", "response_ids"]
 SKETCHED = "sketched"  # a column beside them: whether the engine sketches the row's head gradient, if it does so at all
 
 
+class Sampling(NamedTuple):
+    """How answers are drawn: `n` a prompt, each of at most `max_new_tokens`; temperature 0 is greedy.
+
+    stop_token_ids end an answer and are its last token. stop: texts that end one; whatever follows within the last
+    token is still there. An engine takes them only where it was given a tokenizer.
+    """
+
+    n: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+
+    def seeds(self, seed: int, prompts: int) -> list[int]:
+        """One for each of so many prompts, so far apart that no two answers share one: vLLM gives answer i seed + i."""
+        return [seed * 1_000_003 + index * self.n for index in range(prompts)]
+
+
 class EngineLength(NamedTuple):
     """max_model_len for vLLM in tokens; beyond_limit: it is one above the model's positions (see engine_length)."""
 

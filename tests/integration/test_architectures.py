@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cache import open_reference, open_sketches
 from pipeline.data.tables import read_pairs, read_responses
 from pipeline.errors import RequestError, RunFailed
-from pipeline.evaluation.evaluation import evaluate_policy
+from pipeline.evaluation.cells import Cell, evaluate_cells
 from pipeline.params import EvaluateParams, ModelParams, ScoreParams, SftParams, SketchParams
 from pipeline.reference.scoring import score_responses
 from pipeline.reference.sketching import sketch_responses
@@ -156,18 +156,16 @@ def test_scored_trained_and_sketched_as_transformers_computes_it(architecture, p
     assert done.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     policy = outputs(tmp_path / "trained")["out"]
     if architecture in EVALUATED:
-        measured = evaluate_policy(
-            variant="dpo",
-            seed=0,
+        evaluated = evaluate_cells(
+            [Cell("dpo", 0, 1.0, policy, tmp_path / "evaluate.json")],
             pairs=pairs,
             reference_model=tmp_path / "model",
-            policy=policy,
             reference=tmp_path / "logps",
-            metrics=tmp_path / "evaluate.json",
-            params=EvaluateParams(prompts=0),
+            params=EvaluateParams(prompts=2, samples_per_prompt=1, max_new_tokens=4),
             engine=engine,
-            beta=1.0,
         )
+        assert evaluated.starts == 1  # policy and reference in one engine
+        [measured] = evaluated.cells.values()
         assert measured["rewards/margins"] == pytest.approx(expected_margin(tmp_path, pairs, policy), abs=1e-3)
     if architecture in UNSKETCHED:
         with pytest.raises((RequestError, RunFailed), match=UNSKETCHED[architecture]):

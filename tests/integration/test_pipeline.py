@@ -92,7 +92,7 @@ def first_run(project) -> list[str]:
 def test_one_command_runs_every_stage_and_scores_shared_responses_once(project, first_run):
     beside = ["sketch", "constraint@bdpo"]  # for which only train waits
     order = [stage for stage in first_run if stage not in beside]
-    assert order == ["prepare", "sft", "score", "train@bdpo-0", "evaluate@bdpo-0", "report"]
+    assert order == ["prepare", "sft", "score", "train@bdpo-0", "evaluate", "report"]
     assert [stage for stage in first_run if stage in [*beside, "train@bdpo-0"]] == [*beside, "train@bdpo-0"]
     assert json.loads((project / "data/reference/sketches/manifest.json").read_text())["identity"]["mode"] == "none"
     pairs = pl.read_parquet(project / "data/prepared/pairs/pairs.parquet")
@@ -103,7 +103,7 @@ def test_one_command_runs_every_stage_and_scores_shared_responses_once(project, 
     first = (project / "results/bdpo-0/history.tsv").read_text().splitlines()[1].split("\t")
     assert float(first[2]) == pytest.approx(0.693147, abs=1e-4)
     assert {"kl", "dcr", "rewards/accuracies"} <= json.loads(
-        (project / "results/bdpo-0/evaluate.json").read_text()
+        (project / "results/evaluate/bdpo-0.json").read_text()
     ).keys()
 
 
@@ -127,7 +127,7 @@ def test_changing_a_beta_trains_evaluates_and_reports_but_scores_nothing(project
     params = json.loads((project / "params.yaml").read_text())
     params["train"]["variants"]["bdpo"]["beta"] = 0.2
     (project / "params.yaml").write_text(json.dumps(params))
-    assert ran(dvc(project, "repro", "--dry")) == ["train@bdpo-0", "evaluate@bdpo-0", "report"]
+    assert ran(dvc(project, "repro", "--dry")) == ["train@bdpo-0", "evaluate", "report"]
     assert score_metrics(project) == before
 
 

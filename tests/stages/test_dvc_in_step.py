@@ -40,7 +40,8 @@ def test_every_pipeline_command_is_a_stage(stages):
 
 
 def test_cells_are_named_by_variant_and_seed(stages):
-    assert {"train@dpo-0", "train@bdpo-0", "evaluate@dpo-0", "evaluate@bdpo-0"} <= {stage.name for stage in stages}
+    names = {stage.name for stage in stages}
+    assert {"train@dpo-0", "train@bdpo-0"} <= names and "evaluate" in names  # which takes all cells at once
 
 
 def test_command_lines_carry_only_paths_and_cell_coordinates(stages):

@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.engine.probe import make_probe
 from pipeline.engine.process import EngineProcess
-from pipeline.engine.rows import EngineLength
+from pipeline.engine.rows import EngineLength, Sampling
 from pipeline.errors import EngineFailed, RunFailed
 from pipeline.params import ScoreParams, SketchParams
 from pipeline.sketches.head_plan import HeadPlan
@@ -166,9 +166,47 @@ def test_progress_adds_up(scorer, rows):
     assert sum(tokens for _, tokens in seen) == sum(len(p) + len(r) for p, r in rows)
 
 
-def sample(engine, prompts=PROMPTS, **changes):
-    options = {"n": 4, "max_new_tokens": 12, "seed": 0, "stop_token_ids": []} | changes
-    return engine.generate(prompts, ignore, **options)
+def test_ranks_say_whether_each_token_is_the_likeliest(engine, model, rows):
+    found = engine.ranked(rows, ignore)
+    for (prompt, response), of_row in zip(rows, found, strict=True):
+        logits = all_logits(model, [*prompt, *response])[len(prompt) - 1 : -1]
+        own = logits[np.arange(len(response)), response]
+        np.testing.assert_allclose(of_row[:, 0], own, atol=1e-4)
+        clear = np.abs(logits - own[:, None]) > 1e-4  # ties but for rounding may go either way
+        higher = (clear & (logits > own[:, None])).sum(axis=1)
+        alike = (~clear).sum(axis=1)
+        assert ((of_row[:, 1] > higher) & (of_row[:, 1] <= higher + alike)).all()
+
+
+def test_greedy_answers_are_the_likeliest_tokens(engine, model):
+    [[answer]] = sample(engine, PROMPTS[:1], n=1, temperature=0.0)
+    expected = PROMPTS[0].tolist()
+    for _ in answer:
+        expected.append(int(all_logits(model, expected)[-1].argmax()))
+    assert answer == expected[len(PROMPTS[0]) :]
+
+
+def test_top_p_leaves_out_the_tail(engine, model):
+    logps = np.sort(np.exp(all_logits(model, PROMPTS[0])[-1]))[::-1]
+    kept = int((np.cumsum(logps) < 0.5).sum()) + 1
+    firsts = {answer[0] for answer in sample(engine, PROMPTS[:1], n=300, max_new_tokens=1, top_p=0.5)[0]}
+    likeliest = np.argsort(-all_logits(model, PROMPTS[0])[-1])[:kept]
+    assert firsts <= set(likeliest.tolist()) and len(firsts) > kept // 2
+
+
+def all_logits(model, ids):
+    """Log-probs of every next token by transformers, (len(ids), vocabulary)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return loaded(torch.tensor([[int(i) for i in ids]])).logits[0].log_softmax(-1).numpy()
+
+
+def sample(engine, prompts=PROMPTS, seed=0, **changes):
+    sampling = Sampling(**{"n": 4, "max_new_tokens": 12} | changes)
+    return engine.generate(prompts, ignore, sampling=sampling, seeds=sampling.seeds(seed, len(prompts)))
 
 
 def test_samples_are_as_many_and_as_long_as_asked(engine):
@@ -197,7 +235,10 @@ def test_prompts_that_overfill_one_engine_step_are_sampled_as_they_are_alone(eng
 
 def test_a_stop_token_ends_an_answer_and_belongs_to_it(engine):
     stops = set(range(3, 20))
-    free, stopped = sample(engine, max_new_tokens=40), sample(engine, max_new_tokens=40, stop_token_ids=sorted(stops))
+    free, stopped = (
+        sample(engine, max_new_tokens=40),
+        sample(engine, max_new_tokens=40, stop_token_ids=tuple(sorted(stops))),
+    )
     for whole, cut in zip((a for p in free for a in p), (a for p in stopped for a in p), strict=True):
         end = next((i for i, token in enumerate(whole) if token in stops), len(whole) - 1)
         assert cut == whole[: end + 1]

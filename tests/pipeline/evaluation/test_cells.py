@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,15 @@ import pytest
 
 from cache import CacheIncomplete, CacheMismatch, logps_table, prompt_key, publish_reference
 from pipeline.data.tables import read_pairs, read_responses
+from pipeline.engine import process
 from pipeline.engine.rows import engine_rows, token_arrays
-from pipeline.errors import RequestError
-from pipeline.evaluation import evaluation
-from pipeline.evaluation.evaluation import _expected_reward, _is_demo, _Samples, evaluate_policy
+from pipeline.errors import RequestError, RunFailed
+from pipeline.evaluation import answers_table
+from pipeline.evaluation.answers_table import true_rewards
+from pipeline.evaluation.cells import Cell, evaluate_cells
 from pipeline.evaluation.sampling import choose_prompts
 from pipeline.params import EvaluateParams, ScoreParams
+from pipeline.policies import engines
 from pipeline.reference.identity import reference_identity
 from tests.tiny import POSITIONS, VOCABULARY, write_model, write_pairs
 from tests.tiny_reference import quick_engine, transformers_token_logps
@@ -70,36 +74,16 @@ def reference(tmp_path_factory, model, pairs):
 @pytest.fixture
 def evaluate(tmp_path, model, pairs, reference):
     def call(policy=model, params=EvaluateParams(), **changes):  # noqa: B008 (frozen)
-        options = {"pairs": pairs, "reference": reference, "engine": ENGINE, "beta": BETA} | changes
-        return evaluate_policy(
-            variant="dpo",
-            seed=3,
-            reference_model=model,
-            policy=policy,
-            metrics=tmp_path / "results" / "evaluate.json",
-            params=params,
-            **options,
-        )
+        options = {"pairs": pairs, "reference": reference, "engine": ENGINE} | changes
+        cell = Cell("dpo", 3, BETA, policy, tmp_path / "results" / "evaluate.json", tmp_path / "answers")
+        return evaluate_cells([cell], reference_model=model, params=params, **options).cells["dpo-3"]
 
     return call
 
 
-class IdleEngine:
-    """One that starts, and must not be asked to load."""
-
-    def __init__(self, params, *, log):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *raised):
-        pass
-
-
 @pytest.fixture
 def no_model_loads(monkeypatch):
-    monkeypatch.setattr(evaluation, "EngineProcess", IdleEngine)
+    monkeypatch.setattr(process.EngineProcess, "load", lambda *_, **__: pytest.fail("an engine was built"))
 
 
 # without an engine ----------------------------------------------------------------------------------------------------
@@ -140,25 +124,13 @@ def demo(prompts, rewards):
         (["Compute 3 + 4.", "Compute 1 + 1."], [1.0, None], False),
     ],
 )
-def test_true_rewards_are_claimed_for_the_generated_dataset_alone(prompts, rewards, is_demo):
+def test_true_rewards_are_claimed_for_the_generated_dataset_alone(prompts, rewards, is_demo, monkeypatch):
+    monkeypatch.setattr(answers_table, "texts", lambda rows, *_: ["Answer: 7"] * len(rows))
     table = demo(prompts, rewards)
-    assert _is_demo(table, table) is is_demo
-
-
-def test_expected_reward_is_the_mean_true_reward_of_the_answers():
-    class Words:
-        def batch_decode(self, ids, skip_special_tokens):
-            assert skip_special_tokens
-            return [{7: "Answer: 7", 8: "Answer: 8", 9: "nothing"}[answer[0]] for answer in ids]
-
-    def samples(*answers):
-        prompts = ["Compute 3 + 4."] * 2 + ["Compute 4 + 4."] * 2
-        return _Samples(pl.DataFrame({"prompt_text": prompts, "response_ids": [[answer] for answer in answers]}), 2)
-
-    found = _expected_reward(samples(7, 7, 8, 8), samples(7, 9, 9, 9), Words())
-    assert found["policy"] == 3.0 and found["policy_standard_error"] == 0.0  # right and in the right form
-    assert found["reference"] == pytest.approx(3.0 / 4)
-    assert found["reference_standard_error"] == pytest.approx(0.75)  # prompts' means are 1.5 and 0
+    found = true_rewards(table, table, Path("tokenizer"), False)
+    assert (found is not None) is is_demo
+    if is_demo:
+        assert found[0] == 3.0 and found[1] < 3.0  # right and in the right form; wrong
 
 
 # with the real one ----------------------------------------------------------------------------------------------------
@@ -226,4 +198,109 @@ def test_a_lora_policy_is_measured_as_its_merged_weights(evaluate, adapter, mode
     assert exact > 0.05  # else this shows nothing
     # The prompts are the same ones, so only the draw of answers is left to chance.
     assert found["kl"] == pytest.approx(exact, abs=0.1 * exact + 0.02)
-    assert not list((Path(os.environ["REFCACHE_HOME"]) / "tmp").iterdir())
+
+
+class Asked:
+    """Counts what engines are asked; fails the call after `calls`."""
+
+    def __init__(self, monkeypatch):
+        self.rows, self.prompts, self.calls = [], [], None
+        score, generate = process.EngineProcess.score, process.EngineProcess.generate
+
+        def counted(engine, rows, advance):
+            if self.calls is not None:
+                self.calls -= 1
+                if self.calls < 0:
+                    engine.kill()
+                    raise KeyboardInterrupt
+            self.rows += [(engine.pid, prompt.tobytes(), response.tobytes()) for prompt, response in rows]
+            return score(engine, rows, advance)
+
+        def drawn(engine, prompts, advance, **options):
+            self.prompts += [prompt.tobytes() for prompt in prompts]
+            return generate(engine, prompts, advance, **options)
+
+        monkeypatch.setattr(process.EngineProcess, "score", counted)
+        monkeypatch.setattr(process.EngineProcess, "generate", drawn)
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    monkeypatch.setenv("REFCACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(engines.PolicyEngines, "_proves", lambda *_: True)  # its rows are not counted
+    return Asked(monkeypatch)
+
+
+@pytest.fixture
+def sweep(tmp_path, model, pairs, reference):
+    def run(policies, **changes):
+        cells = [Cell(name, 0, BETA, folder, tmp_path / f"{name}.json") for name, folder in policies.items()]
+        params = EvaluateParams(prompts=4, samples_per_prompt=2, max_new_tokens=10)
+        options = {"pairs": pairs, "reference": reference, "engine": ENGINE, "params": params} | changes
+        return evaluate_cells(cells, reference_model=model, **options)
+
+    return run
+
+
+@pytest.mark.slow
+def test_many_cells_share_an_engine_and_nothing_is_asked_twice(sweep, asked, pairs, tmp_path):
+    policies = {name: write_model(tmp_path / name, seed=seed) for seed, name in enumerate("ab", 1)}
+    done = sweep(policies)
+    test = read_responses(pairs).filter(pl.col("split") == "test")
+    assert (done.starts, done.asked, len(asked.prompts)) == (1, 2, 3 * 4)  # the reference's prompts too
+    per_policy = len(test) + 2 * 4 * 2  # its answers and the reference's
+    assert len(asked.rows) == 2 * per_policy + 3 * 4 * 2
+    for name, folder in policies.items():
+        sums = response_sums(folder, test)
+        chosen = [sums[key] for key in read_pairs(pairs, "test")["chosen_key"]]
+        assert done.cells[f"{name}-0"]["logps/chosen"] == pytest.approx(np.mean(chosen), abs=1e-3)
+
+    rows, prompts = len(asked.rows), len(asked.prompts)
+    assert sweep(policies) == done._replace(starts=0, asked=0)
+    assert (len(asked.rows), len(asked.prompts)) == (rows, prompts)
+
+    policies["b"] = write_model(tmp_path / "changed", seed=7)
+    again = sweep(policies)
+    assert (again.starts, again.asked, len(asked.prompts) - prompts) == (1, 1, 4)
+    assert len(asked.rows) - rows == per_policy + 4 * 2
+    assert again.cells["a-0"] == done.cells["a-0"] and again.cells["b-0"] != done.cells["b-0"]
+
+
+@pytest.mark.slow
+def test_what_was_measured_before_a_kill_is_kept(sweep, asked, tmp_path, monkeypatch):
+    policies = {"a": write_model(tmp_path / "a", seed=1)}
+    asked.calls = 2
+    with pytest.raises(KeyboardInterrupt):
+        sweep(policies)
+    before, asked.calls = len(asked.rows), None
+    assert before > ENGINE.rows_per_call  # two calls
+    resumed, rows = sweep(policies), len(asked.rows)
+    monkeypatch.setenv("REFCACHE_HOME", str(tmp_path / "other"))
+    assert sweep(policies).cells == resumed.cells
+    assert len(asked.rows) - rows == rows  # as many with and without the kill: none was asked again
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_is_named_and_takes_no_other_with_it(sweep, asked, tmp_path):
+    policies = {"gone": tmp_path / "gone", "a": write_model(tmp_path / "a", seed=1)}
+    (tmp_path / "broken").mkdir()
+    policies["broken"] = tmp_path / "broken"
+    with pytest.raises(RunFailed, match=r"2 of 3 cells.*\n  gone-0: .*not exist.*\n  broken-0: .*no \*\.saf"):
+        sweep(policies)
+    assert (tmp_path / "a.json").exists() and not (tmp_path / "gone.json").exists()
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_costs_its_cell_alone(sweep, asked, tmp_path, monkeypatch):
+    policies = {name: write_model(tmp_path / name, seed=seed) for seed, name in enumerate("ab", 1)}
+    exchange = process.EngineProcess.exchange
+
+    def dies(engine, folder):
+        exchange(engine, folder)
+        if folder.name == "a":
+            os.kill(engine.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(process.EngineProcess, "exchange", dies)
+    with pytest.raises(RunFailed, match=r"1 of 2 cells.*\n  a-0: .*killed by signal 9"):
+        sweep(policies)
+    assert (tmp_path / "b.json").exists()

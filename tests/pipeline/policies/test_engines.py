@@ -1,0 +1,173 @@
+"""One engine for several policies: each is answered for as by an engine of its own, or it gets one."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from pipeline.engine.process import EngineProcess
+from pipeline.engine.rows import EngineLength
+from pipeline.params import ScoreParams
+from pipeline.policies import engines as module
+from pipeline.policies.engines import Needs, PolicyEngines, lora_rank
+from pipeline.policies.identity import open_policy
+from pipeline.reference.identity import reference_identity
+from tests.tiny import POSITIONS, write_model
+from tests.tiny_reference import adversarial_rows, quick_engine, transformers_token_logps
+
+PARAMS = ScoreParams(enforce_eager=True)
+LENGTH = EngineLength(POSITIONS + 1, True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    with quick_engine() as patch:
+        patch.setenv("REFCACHE_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+def adapt(base, folder, seed, **changes):
+    """A LoRA that has moved, in `folder`; and the same merged, for transformers."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | changes
+    policy = get_peft_model(model, LoraConfig(**options))
+    policy.save_pretrained(folder / "adapter")
+    policy.merge_and_unload().save_pretrained(folder / "merged")
+    return folder / "adapter", folder / "merged"
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def base(request, tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("base"), tie_word_embeddings=request.param)
+
+
+@pytest.fixture(scope="module")
+def identity(base):
+    return reference_identity(base, dtype="float32", quantization=None)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return sorted(adversarial_rows(), key=lambda row: row[0].tobytes())
+
+
+def exact(model, rows):
+    whole = transformers_token_logps(model, rows)
+    return [logps[len(prompt) - 1 :] for logps, (prompt, _) in zip(whole, rows, strict=True)]
+
+
+def furthest(engine, rows, expected):
+    found = engine.score(rows, lambda *_: None).logps
+    return max(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.fixture
+def sharing(base, identity):
+    """Engines for the policies in some folders, and the reference."""
+
+    def share(*folders):
+        policies = [open_policy(folder.name, folder, identity) for folder in folders]
+        reference = open_policy("reference", base, identity)
+        running = PolicyEngines([*policies, reference], base, PARAMS, log="test")
+        running.prepare(Needs(LENGTH))
+        return running, policies, reference
+
+    return share
+
+
+@pytest.mark.slow
+def test_exchanged_weights_answer_as_those_of_an_engine_of_their_own(base, identity, sharing, rows, tmp_path):
+    """Tied heads too, whose copy for CPU kernels vLLM 0.32 leaves as it was."""
+    tied = json.loads((base / "config.json").read_text())["tie_word_embeddings"]
+    folders = [write_model(tmp_path / f"policy-{seed}", seed=seed, tie_word_embeddings=tied) for seed in (1, 2)]
+    running, policies, reference = sharing(*folders)
+    with running:
+        for policy in [*policies, reference, policies[0]]:
+            assert furthest(running.use(policy), rows, exact(policy.folder, rows)) < 1e-4
+        assert (running.starts, running.exchanges) == (1, 4)
+        process = running.use(policies[0])
+        shared = process.score(rows, lambda *_: None).logps
+    with EngineProcess(PARAMS, log=tmp_path / "fresh.log") as fresh:
+        fresh.load(policies[0].folder, LENGTH, sampling=True)
+        assert furthest(fresh, rows, shared) < 1e-4
+
+
+@pytest.mark.slow
+def test_adapters_come_with_the_request_and_leave_with_it(base, sharing, rows, tmp_path):
+    (one, merged_one), (two, merged_two) = (adapt(base, tmp_path / str(seed), seed) for seed in (1, 2))
+    running, policies, reference = sharing(one, two)
+    with running:
+        for policy, whole in [(policies[0], merged_one), (reference, base), (policies[1], merged_two)]:
+            assert furthest(running.use(policy), rows, exact(whole, rows)) < 1e-4
+        assert (running.starts, running.exchanges, running.adapted) == (1, 0, 2)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_vllm_refuses_is_merged(base, sharing, rows, tmp_path, capsys):
+    adapter, merged = adapt(base, tmp_path, 1, use_dora=True)
+    running, [policy], reference = sharing(adapter)
+    with running:
+        assert furthest(running.use(policy), rows, exact(merged, rows)) < 1e-4
+        assert furthest(running.use(reference), rows, exact(base, rows)) < 1e-4
+        assert furthest(running.use(policy), rows, exact(merged, rows)) < 1e-4
+        assert running.starts == 2  # one that took no DoRA
+    assert not list(Path(os.environ["REFCACHE_HOME"]).glob("tmp/merged-*"))
+    assert "does not take the adapter" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_where_an_exchange_goes_wrong_each_policy_gets_an_engine_of_its_own(
+    base, sharing, rows, tmp_path, monkeypatch, capsys
+):
+    """An exchange that does nothing: the engine keeps its noise."""
+    monkeypatch.setattr(EngineProcess, "exchange", lambda *_: None)
+    tied = json.loads((base / "config.json").read_text())["tie_word_embeddings"]
+    folder = write_model(tmp_path / "policy", seed=1, tie_word_embeddings=tied)
+    running, [policy], reference = sharing(folder)
+    with running:
+        assert furthest(running.use(policy), rows, exact(folder, rows)) < 1e-4
+        assert furthest(running.use(reference), rows, exact(base, rows)) < 1e-4
+        assert running.starts == 3
+    assert "an engine of its own" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_where_an_adapter_is_answered_for_wrongly_it_is_merged(base, sharing, rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(EngineProcess, "adapt", lambda *_: None)
+    adapter, merged = adapt(base, tmp_path, 1)
+    running, [policy], _ = sharing(adapter)
+    with running:
+        assert furthest(running.use(policy), rows, exact(merged, rows)) < 1e-4
+    assert "nats from transformers'" in capsys.readouterr().err
+
+
+def test_policies_of_other_shapes_are_never_exchanged(base, identity, tmp_path):
+    other = open_policy("other", write_model(tmp_path / "other", num_hidden_layers=1), identity)
+    assert other.shape != open_policy("reference", base, identity).shape
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [([4], 8), ([8], 8), ([4, 9], 16), ([512], 512), ([513], None), ([None], None)]
+)
+def test_memory_is_reserved_for_the_largest_rank(base, identity, ranks, expected, tmp_path, monkeypatch):
+    configs = iter({"r": rank} for rank in ranks)
+    monkeypatch.setattr(module, "_adapter_config", lambda _: next(configs))
+    policies = [open_policy("p", base, identity)._replace(identity=_adapter_of(identity)) for _ in ranks]
+    assert lora_rank(policies) == expected
+
+
+def test_a_rank_pattern_counts(base, identity, monkeypatch):
+    monkeypatch.setattr(module, "_adapter_config", lambda _: {"r": 4, "rank_pattern": {"up_proj": 70}})
+    assert lora_rank([open_policy("p", base, identity)._replace(identity=_adapter_of(identity))]) == 128
+
+
+def _adapter_of(identity):
+    import dataclasses
+
+    return dataclasses.replace(identity, adapter="some")
