@@ -16,9 +16,8 @@ SECONDS = 10
 READY = "ready\n"
 _BYTES = 2 << 30  # of address space; beyond, sympy's MemoryError is "not equal"
 # 24 apples, 3.5 square metres; but neither 2 x, nor 5 million.
-_MEASURED = re.compile(
-    r"(-?[\d.]+(?:/\d+)?)(?: (?!hundred|thousand|[mb]illion|trillion|dozen|and\b|or\b|to\b)[a-z]{2,})+"
-)
+_NO_UNIT = "hundred|thousand|[mb]illion|trillion|dozen|and|or|to|plus|minus|times"
+_MEASURED = re.compile(rf"(-?[\d.]+(?:/\d+)?)(?: (?!(?:{_NO_UNIT})\b)[a-z]{{2,}})+")
 
 
 def as_math(answer: str) -> str:
