@@ -23,6 +23,7 @@ ARROWS = {
     "trainable": "params model",
     "forward": "params model",
     "published": "params",
+    "sampled": "params",
     "encoding": "",
     "data": "params model.tokenizer published encoding",
     "sketches": "params model trainable forward",
@@ -39,7 +40,7 @@ ARROWS = {
 OPEN = {"errors", "files", "hub", "progress", "workspace"}  # modules of pipeline/ itself, for every room
 ENGINES = {"vllm": "pipeline/engine/vllm_engine.py", "deepspeed": "pipeline/training/deepspeed_engine.py"}
 ENGINE_FREE = ["params", "objectives", "report", "model", "trainable", "forward", "published", "encoding", "data"]
-ENGINE_FREE += ["sketches", "auxdpo"]
+ENGINE_FREE += ["sketches", "auxdpo", "sampled"]
 TORCH_FREE = ["cache", "pipeline.params", "pipeline.report", "pipeline.upkeep.inspection", "pipeline.upkeep.garbage"]
 
 

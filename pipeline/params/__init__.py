@@ -4,6 +4,7 @@ from pipeline.params.data import DemoParams, HubParams, ModelParams, PreparePara
 from pipeline.params.file import Params, load_params
 from pipeline.params.forms import ColumnNames, FormName, PreferredParams, RankedParams
 from pipeline.params.objectives import AnyVariant, AuxDPO
+from pipeline.params.sampling import PairRule, SampleParams, ScorerName
 from pipeline.params.scoring import EvaluateParams, ScoreParams, SketchParams
 from pipeline.params.training import (
     LastFraction,
@@ -29,11 +30,14 @@ __all__ = [
     "Lora",
     "LoraShape",
     "ModelParams",
+    "PairRule",
     "Params",
     "PreferredParams",
     "PrepareParams",
     "RankedParams",
+    "SampleParams",
     "ScoreParams",
+    "ScorerName",
     "ScratchModel",
     "SftParams",
     "SketchParams",

@@ -15,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 from pipeline.errors import RequestError
 from pipeline.params.data import ModelParams, PrepareParams
 from pipeline.params.ranges import NonNegative, Section
+from pipeline.params.sampling import SampleParams
 from pipeline.params.scoring import EvaluateParams, ScoreParams, SketchParams
 from pipeline.params.training import SftParams, Trainable, TrainParams, variant_loop
 
@@ -43,6 +44,7 @@ class Params(Section):
     sft: SftParams
     score: ScoreParams
     sketch: SketchParams = SketchParams()
+    sample: SampleParams = SampleParams()
     trainable: Trainable
     train: TrainParams
     sweep: SweepParams
