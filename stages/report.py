@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @path_option("--prepared", "prepare's summary.json.")
 @path_option("--sft", "Metrics of sft.")
 @path_option("--score", "Metrics of score.")
-@path_option("--results", "Folder of <variant>-<seed>/ with history.tsv, train.json and evaluate.json.")
+@path_option("--results", "Folder with <cell>/history.tsv, <cell>/train.json, evaluate/<cell>.json and answers/<cell>/.")
 @path_option("--out", "Folder for summary.json, curves.tsv and index.html.")
 @params_options
 def command(params: "Params", prepared: Path, sft: Path, score: Path, results: Path, out: Path) -> None:

@@ -199,7 +199,7 @@ def test_markup_in_names_stays_text(browser, tmp_path):
     hostile = "</script><script>window.harmed = 1</script><img src=x onerror='window.harmed = 1'>"
     root = write_inputs(tmp_path, variants=["dpo"], seeds=[0])
     categories = {hostile: {"pairs": 9, "rewards/accuracies": 0.5, "rewards/margins": 1.0, "dcr": 0.5}}
-    change_json(root / "results/dpo-0/evaluate.json", categories=categories)
+    change_json(root / "results/evaluate/dpo-0.json", categories=categories)
     change_json(root / "results/dpo-0/train.json", objective=hostile, hyperparameters={hostile: 1})
     change_json(root / "data/prepared/summary.json", category_counts={hostile: 9})
     page = report(root, variants=["dpo"], seeds=[0], title=hostile, settings={hostile: hostile})

@@ -20,7 +20,7 @@ def write_inputs(
         for seed in seeds:
             folder = root / f"results/{variant}-{seed}"
             write_json(folder / "train.json", train(variant, seed, steps))
-            write_json(folder / "evaluate.json", evaluate(variant, seed, place))
+            write_json(root / f"results/evaluate/{variant}-{seed}.json", evaluate(variant, seed, place))
             write_history(folder / "history.tsv", [history_row(step, steps, place) for step in range(1, steps + 1)])
     return root
 
