@@ -2,6 +2,8 @@
 
     OUT/summary.json   all figures, for programs
     OUT/curves.tsv     one row per cell and optimizer step, unthinned, for `dvc plots`
+    OUT/table.md       the held-out results as one table, to paste
+    OUT/table.tex      the same for LaTeX, with booktabs
     OUT/index.html     the page, for people; loads nothing from anywhere
 
 The same inputs give the same bytes: nothing here reads a clock. Nothing outside OUT is written.
@@ -21,7 +23,9 @@ import polars as pl
 
 from pipeline.errors import RequestError
 from pipeline.files import write_json, write_text
+from pipeline.report.answers import read_answers, reward_beta
 from pipeline.report.page import render_page
+from pipeline.report.paper import latex_table, markdown_table
 from pipeline.report.scores import scores_over_seeds
 
 Figures = dict[str, Any]  # parsed JSON
@@ -92,19 +96,22 @@ def write_report(
     reference: Path = Path("data/reference/logps"),
     title: str = "Preference optimisation report",
 ) -> Path:
-    """Write summary.json, curves.tsv and index.html under `out`; return the page.
+    """Write summary.json, curves.tsv, table.md, table.tex and index.html under `out`; return the page.
 
     prepared, sft, score: the metric files of phase 1. results: folder with <cell>/history.tsv, <cell>/train.json and
-    evaluate/<cell>.json of each cell <variant>-<seed>; cells outside variants x seeds are ignored. settings: training
-    settings that all variants share, and overrides: those of one variant; both only shown. models, reference: only
-    linked to, relative to the page. Raises RequestError for a cell or file that is missing or unreadable; then `out` is
-    untouched.
+    evaluate/<cell>.json of each cell <variant>-<seed>, and answers/<cell>/samples.parquet where it sampled any; cells
+    outside variants x seeds are ignored. settings: training settings that all variants share, and overrides: those of
+    one variant; both only shown. models, reference: only linked to, relative to the page. Raises RequestError for a
+    cell or file that is missing or unreadable; then `out` is untouched.
     """
     phase_1 = {"prepared": _read_json(prepared), "sft": _read_json(sft), "score": _read_json(score)}
     cells = read_cells(results, variants, seeds)
     summary = summarise(phase_1, cells, title)
     summary["settings"] = _finite({"train": dict(settings or {}), "variants": dict(overrides or {})})
     curves = curves_table(cells)
+    pasted = {"table.md": markdown_table(summary), "table.tex": latex_table(summary)}
+    first_seeds = {cell.variant: cell for cell in reversed(cells)}
+    betas = {first_seeds[name].name: reward_beta(first_seeds[name].train.get("hyperparameters")) for name in variants}
     page = render_page(
         summary,
         numeric_curves(curves),
@@ -115,10 +122,14 @@ def write_report(
             "preparation summary": _relative(prepared, out),
             "sft metrics": _relative(sft, out),
         },
+        pasted=pasted,
+        reader=read_answers(results / "answers", betas),
     )
     write_json(out / "summary.json", summary, indent=2)
     write_text(out / "curves.tsv", curves.write_csv(separator="\t"))
-    write_text(out / "index.html", page)  # last: it means that the other two are there
+    for name, text in pasted.items():
+        write_text(out / name, text)
+    write_text(out / "index.html", page)  # last: it means that the others are there
     return out / "index.html"
 
 
@@ -262,6 +273,7 @@ def _links(cells: Sequence[Cell], out: Path, *, results: Path, models: Path) -> 
     names = ("history", "training", "evaluation")
     return {
         cell.name: {name: _relative(results / file, out) for name, file in zip(names, _files(cell.name), strict=True)}
+        | {"answers": _relative(results / "answers" / cell.name / "samples.parquet", out)}
         | {"model": _relative(models / cell.name, out)}
         for cell in cells
     }

@@ -85,10 +85,10 @@ def show_interval(statistic: Any) -> str:
 
 def show_points(statistic: Any, base: Any) -> str:
     """+2.1 points: how far one mean share is above another."""
-    means = [found.get("mean") if isinstance(found, Mapping) else None for found in (statistic, base)]
-    if not all(map(_is_number, means)):
+    mean, other = (found.get("mean") if isinstance(found, Mapping) else None for found in (statistic, base))
+    if not _is_number(mean) or not _is_number(other):
         return DASH
-    return f"{100 * (means[0] - means[1]):+.1f} points".replace("-", MINUS)
+    return f"{100 * (mean - other):+.1f} points".replace("-", MINUS)
 
 
 def _magnitude(value: float) -> int:

@@ -47,7 +47,9 @@ def task_rows(summary: Mapping[str, Any]) -> list[TaskRow]:
             if not by_variant:
                 continue
             first = next(iter(by_variant.values()))
+            # The reference is one model: its figures vary over cells by chance alone, which its standard error tells.
             base = (reference.get(task) or {}).get("metrics", {}).get(metric) or {}
+            base = {**base, "standard_deviation": None}
             means = [found["mean"] for found in (*by_variant.values(), base) if found.get("mean") is not None]
             # Perplexities and bits per byte may lie below 1 as well, but there lower is better.
             share = first["higher_is_better"] is not False and all(0 <= mean <= 1 for mean in means)

@@ -88,7 +88,7 @@ def test_same_inputs_give_the_same_bytes(inputs):
         return {path.name: path.read_bytes() for path in (inputs / "report").iterdir()}
 
     first = bytes_of_report()
-    assert sorted(first) == ["curves.tsv", "index.html", "summary.json"]
+    assert sorted(first) == ["curves.tsv", "index.html", "summary.json", "table.md", "table.tex"]
     assert bytes_of_report() == first
 
 
