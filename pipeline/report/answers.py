@@ -120,7 +120,8 @@ def _read(path: Path, cell: str) -> pl.DataFrame:
     try:
         table = pl.read_parquet(path, columns=list(COLUMNS)).select(pl.col(n).cast(t) for n, t in COLUMNS.items())
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise RequestError(f"{path} is no table of sampled answers ({error}); run `dvc repro -f evaluate`.") from None
+        reason = str(error).partition("\n")[0]  # polars adds its query plan
+        raise RequestError(f"{path} is no table of sampled answers ({reason}); run `dvc repro -f evaluate`.") from None
     numbers = pl.col(pl.Float64)
     return (
         table.filter(pl.col("author").is_in(["policy", "reference"]))

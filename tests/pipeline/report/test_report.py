@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.errors import RequestError
 from tests.pipeline.report.inputs import change_json, history_row, report, write_history, write_inputs
+from tests.pipeline.report.pages import chart_data, words_of
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -25,16 +26,6 @@ def inputs(tmp_path):
 
 def summary_of(root) -> dict:
     return json.loads((root / "report/summary.json").read_text())
-
-
-def words_of(page) -> str:
-    """The page's text as it is read, without scripts."""
-    body = re.sub(r"<(script|style)\b.*?</\1>", " ", page.read_text(), flags=re.DOTALL)
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body))
-
-
-def chart_data(page) -> dict:
-    return json.loads(re.search(r'id="report-data">(.*?)</script>', page.read_text(), re.DOTALL)[1])
 
 
 def test_summary_holds_phase_1_cells_and_statistics_over_seeds(made):
@@ -93,7 +84,9 @@ def test_same_inputs_give_the_same_bytes(inputs):
 
 
 def test_missing_cell_is_named_with_what_to_run_and_nothing_is_written(inputs):
-    with pytest.raises(RequestError, match=r"dpo-1 \(dpo-1/history.tsv, dpo-1/train.json, evaluate/dpo-1.json\).*`dvc repro`"):
+    with pytest.raises(
+        RequestError, match=r"dpo-1 \(dpo-1/history.tsv, dpo-1/train.json, evaluate/dpo-1.json\).*`dvc repro`"
+    ):
         report(inputs, variants=["dpo"], seeds=[0, 1])
     (inputs / "results/evaluate/dpo-0.json").unlink()
     with pytest.raises(RequestError, match=r"dpo-0 \(evaluate/dpo-0.json\)"):
