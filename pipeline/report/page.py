@@ -55,6 +55,16 @@ WORDS = (
     ),
     ("a ± b", "Mean and standard deviation over seeds; a single seed has no deviation."),
 )
+# Said only where they occur on the page.
+SUITE_WORDS = (
+    ("suite", "A set of held-out pairs, in or out of the domain of the training pairs."),
+    ("best of all", "Share of rows whose every chosen answer scores above every rejected one."),
+    ("95 % interval", "Of a suite, over its prompts: the chance in which prompts it has, not in the seed."),
+)
+ANSWER_WORDS = (
+    ("log-ratio", "Log-probability of an answer under the policy minus that under the reference, nats."),
+    ("change", "Size of an answer's log-ratio divided by its tokens."),
+)
 PASTED = (("table.md", "Markdown"), ("table.tex", "LaTeX"))
 
 
@@ -85,7 +95,7 @@ def render_page(
         palette=palette,
         links=links,
         files=files,
-        words=WORDS,
+        words=(*WORDS, *(SUITE_WORDS if suites else ()), *(ANSWER_WORDS if reader else ())),
         columns=[column for column in RESULTS if any(column[0] in figures for figures in measured)],
         categories=categories_by_size(summary),
         evaluation=evaluation,

@@ -133,6 +133,23 @@ def test_without_scores_neither_page_nor_summary_mentions_them(tmp_path):
     assert not {"tasks", "suites"} & (summary["reference"].keys() | summary["variants"]["dpo"].keys())
 
 
+def test_a_metric_below_one_whose_lower_is_better_is_no_share(one):
+    metric = {"bits_per_byte,none": {"value": 0.81, "standard_error": 0.02, "higher_is_better": False}}
+    change_json(one / "results/evaluate/dpo-0.json", tasks={"wikitext": {"samples": 62, "metrics": metric}})
+    page = report(one, variants=["dpo"], seeds=[0])
+    assert tables_in(page, "tasks")[0][1][1:] == ["bits_per_byte lower is better", "62", "–", "0.81 ± 0.02"]
+
+
+def test_a_seed_without_a_number_does_not_count(tmp_path):
+    root = write_scores(write_inputs(tmp_path, variants=["dpo"], steps=3), variants=["dpo"])
+    changed = tasks(0, 0)
+    changed["gsm8k_cot_4shot"]["metrics"]["exact_match,strict-match"]["value"] = float("nan")
+    change_json(root / "results/evaluate/dpo-0.json", tasks=changed)
+    summary = summary_of(report(root, variants=["dpo"]))
+    metric = summary["variants"]["dpo"]["tasks"]["gsm8k_cot_4shot"]["metrics"]["exact_match,strict-match"]
+    assert (metric["mean"], metric["standard_deviation"], metric["seeds"]) == (pytest.approx(0.37), None, 1)
+
+
 def test_values_that_are_no_numbers_leave_a_dash(one):
     changed = tasks(0, 0)
     changed["gsm8k_cot_4shot"]["metrics"]["exact_match,strict-match"]["value"] = float("nan")
