@@ -137,7 +137,7 @@ def test_a_metric_below_one_whose_lower_is_better_is_no_share(one):
     metric = {"bits_per_byte,none": {"value": 0.81, "standard_error": 0.02, "higher_is_better": False}}
     change_json(one / "results/evaluate/dpo-0.json", tasks={"wikitext": {"samples": 62, "metrics": metric}})
     page = report(one, variants=["dpo"], seeds=[0])
-    assert tables_in(page, "tasks")[0][1][1:] == ["bits_per_byte lower is better", "62", "–", "0.81 ± 0.02"]
+    assert tables_in(page, "tasks")[0][1][1:] == ["bits_per_byte lower is better", "62", "–", "0.810 ± 0.020"]
 
 
 def test_a_seed_without_a_number_does_not_count(tmp_path):
