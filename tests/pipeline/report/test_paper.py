@@ -47,6 +47,9 @@ def latex(folder) -> list[list[str]]:
 
 
 def plain(cell: str) -> str:
+    """The cell as it is printed; fails where a sign that means something to LaTeX is left bare."""
+    bare = re.sub(r"\\[&%$#_{}]|\$\\pm\$|\$-\$|\\text[a-z]+\{\}|\\textbf\{[\d.]+\}", "", cell)
+    assert not set(bare) & set("&%$#_{}~^\\"), cell
     cell = re.sub(r"\\textbf\{(.*?)\}", r"**\1**", cell).replace(r"$\pm$", "±").replace("$-$", "-").replace("--", "–")
     for command, sign in (("textbackslash", "\\"), ("textasciitilde", "~"), ("textasciicircum", "^")):
         cell = cell.replace(rf"\{command}{{}}", sign)
