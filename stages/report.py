@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 @path_option("--prepared", "prepare's summary.json.")
 @path_option("--sft", "Metrics of sft.")
 @path_option("--score", "Metrics of score.")
-@path_option("--results", "Folder of <variant>-<seed>/ with history.tsv, train.json and evaluate.json.")
-@path_option("--out", "Folder for summary.json, curves.tsv and index.html.")
+@path_option("--results", "Folder with <cell>/history.tsv, <cell>/train.json, evaluate/<cell>.json, answers/<cell>/.")
+@path_option("--out", "Folder for summary.json, curves.tsv, table.md, table.tex and index.html.")
 @params_options
 def command(params: "Params", prepared: Path, sft: Path, score: Path, results: Path, out: Path) -> None:
     """Collect all cells of the sweep into summary.json, curves.tsv and one page that opens offline.
+
+    Where the evaluations hold tasks, suites or sampled answers, the page shows them; table.md and table.tex are the
+    results to paste into a paper.
 
     \b
     Example:

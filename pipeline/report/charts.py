@@ -1,9 +1,10 @@
-"""The charts of the report as Vega-Lite specs over three named tables.
+"""The charts of the report as Vega-Lite specs over four named tables.
 
 Tables (JSON rows; the page fills them in once for all charts):
     curves      variant, v (index of the variant), cell, step, <metrics>
     cells       variant, seed, cell, kl, kl_low, kl_high, reward, reward_low, reward_high, ...
     categories  variant, category, pairs, accuracy
+    tasks       chart, variant, value, low, high, reference, reference_low, reference_high
 """
 
 from collections.abc import Sequence
@@ -230,6 +231,63 @@ def category_chart(palette: dict[str, str], categories: Sequence[str]) -> Spec:
         transform=[VISIBLE, {"filter": {"field": "category", "oneOf": names}}],
     )
 
+
+def task_chart(palette: dict[str, str], *, chart: int, kind: str, description: str) -> Spec:
+    """One metric of a task by variant with intervals, before the reference's as a dashed line in its band."""
+    percent = kind == "share"
+    x = {
+        "field": "value",
+        "type": "quantitative",
+        "title": None,
+        "axis": {"tickCount": 6} | ({"format": "~%"} if percent else {}),
+        "scale": {"zero": False},
+    }
+    y = {
+        "field": "variant",
+        "type": "nominal",
+        "title": None,
+        "scale": {"domain": list(palette)},
+        "axis": {"grid": True, "labelLimit": 220},
+    }
+    form = ".1%" if percent else ".4~g"
+    fields = (("value", "value"), ("low", "from"), ("high", "to"), ("reference", "reference"))
+    tooltip: list[Spec] = [{"field": "variant", "type": "nominal"}]
+    tooltip += [{"field": field, "type": "quantitative", "title": title, "format": form} for field, title in fields]
+    colour = _colour(palette)
+    # The reference stays when the legend hides variants; one row stands for all, as they carry the same value.
+    level = [
+        {"aggregate": [{"op": "min", "field": name, "as": name} for name in REFERENCE_LEVEL], "groupby": []},
+        {"filter": "isValid(datum.reference)"},
+    ]
+    at = {name: {"field": name, "type": "quantitative"} for name in REFERENCE_LEVEL}
+    band = {"x": {**x, "field": "reference_low"}, "x2": {"field": "reference_high"}}
+    return _spec(
+        [
+            {"transform": level, "mark": {"type": "rect", "color": INK, "opacity": 0.08}, "encoding": band},
+            {
+                "transform": level,
+                "mark": {"type": "rule", "strokeDash": [4, 4], "color": INK, "opacity": 0.6},
+                "encoding": {"x": at["reference"]},
+            },
+            {
+                "transform": [VISIBLE],
+                "mark": {"type": "rule", "strokeWidth": 2},
+                "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"}, "y": y, "color": colour},
+            },
+            {
+                "transform": [VISIBLE],
+                "mark": {"type": "circle", "size": 70, "opacity": 0.9},
+                "encoding": {"x": x, "y": y, "color": colour, "tooltip": tooltip},
+            },
+        ],
+        table="tasks",
+        height=max(60, 26 * len(palette)),
+        description=description,
+        transform=[{"filter": f"datum.chart == {chart}"}],
+    )
+
+
+REFERENCE_LEVEL = ("reference", "reference_low", "reference_high")
 
 # `hidden` is set by the page's legend, for all charts at once.
 VISIBLE: Spec = {"filter": "indexof(hidden, datum.variant) < 0"}

@@ -2,6 +2,8 @@
 
     OUT/summary.json   all figures, for programs
     OUT/curves.tsv     one row per cell and optimizer step, unthinned, for `dvc plots`
+    OUT/table.md       the held-out results as one table, to paste
+    OUT/table.tex      the same for LaTeX, with booktabs
     OUT/index.html     the page, for people; loads nothing from anywhere
 
 The same inputs give the same bytes: nothing here reads a clock. Nothing outside OUT is written.
@@ -21,7 +23,10 @@ import polars as pl
 
 from pipeline.errors import RequestError
 from pipeline.files import write_json, write_text
+from pipeline.report.answers import read_answers, reward_beta
 from pipeline.report.page import render_page
+from pipeline.report.paper import latex_table, markdown_table
+from pipeline.report.scores import scores_over_seeds
 
 Figures = dict[str, Any]  # parsed JSON
 
@@ -58,7 +63,7 @@ PHASE_1_FIGURES = (
 )
 # Labels, and what has a place of its own in the summary.
 TRAINED = ("trained_parameters", "parameters", "adapted")
-NOT_AVERAGED = ("variant", "seed", "hyperparameters", "adapted", "categories", "reference")
+NOT_AVERAGED = ("variant", "seed", "hyperparameters", "adapted", "categories", "reference", "tasks", "suites")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,18 +96,22 @@ def write_report(
     reference: Path = Path("data/reference/logps"),
     title: str = "Preference optimisation report",
 ) -> Path:
-    """Write summary.json, curves.tsv and index.html under `out`; return the page.
+    """Write summary.json, curves.tsv, table.md, table.tex and index.html under `out`; return the page.
 
-    prepared, sft, score: the metric files of phase 1. results: folder of <variant>-<seed>/ with history.tsv,
-    train.json and evaluate.json; folders of cells outside variants x seeds are ignored. settings: training settings
-    that all variants share, and overrides: those of one variant; both only shown. models, reference: only linked to,
-    relative to the page. Raises RequestError for a cell or file that is missing or unreadable; then `out` is untouched.
+    prepared, sft, score: the metric files of phase 1. results: folder with <cell>/history.tsv, <cell>/train.json and
+    evaluate/<cell>.json of each cell <variant>-<seed>, and answers/<cell>/samples.parquet where it sampled any; cells
+    outside variants x seeds are ignored. settings: training settings that all variants share, and overrides: those of
+    one variant; both only shown. models, reference: only linked to, relative to the page. Raises RequestError for a
+    cell or file that is missing or unreadable; then `out` is untouched.
     """
     phase_1 = {"prepared": _read_json(prepared), "sft": _read_json(sft), "score": _read_json(score)}
     cells = read_cells(results, variants, seeds)
     summary = summarise(phase_1, cells, title)
     summary["settings"] = _finite({"train": dict(settings or {}), "variants": dict(overrides or {})})
     curves = curves_table(cells)
+    pasted = {"table.md": markdown_table(summary), "table.tex": latex_table(summary)}
+    first_seeds = {cell.variant: cell for cell in reversed(cells)}
+    betas = {first_seeds[name].name: reward_beta(first_seeds[name].train.get("hyperparameters")) for name in variants}
     page = render_page(
         summary,
         numeric_curves(curves),
@@ -113,10 +122,14 @@ def write_report(
             "preparation summary": _relative(prepared, out),
             "sft metrics": _relative(sft, out),
         },
+        pasted=pasted,
+        reader=read_answers(results / "answers", betas),
     )
     write_json(out / "summary.json", summary, indent=2)
     write_text(out / "curves.tsv", curves.write_csv(separator="\t"))
-    write_text(out / "index.html", page)  # last: it means that the other two are there
+    for name, text in pasted.items():
+        write_text(out / name, text)
+    write_text(out / "index.html", page)  # last: it means that the others are there
     return out / "index.html"
 
 
@@ -124,10 +137,9 @@ def read_cells(results: Path, variants: Sequence[str], seeds: Sequence[int]) -> 
     """The cells variants x seeds, variants in the order given. RequestError names every cell that is not there."""
     wanted = [(variant, seed) for variant in variants for seed in seeds]
     absent = []
-    for variant, seed in wanted:
-        folder = results / f"{variant}-{seed}"
-        lacking = [name for name in ("history.tsv", "train.json", "evaluate.json") if not (folder / name).is_file()]
-        absent += [f"{folder.name} ({', '.join(lacking)})"] if lacking else []
+    for name in (f"{variant}-{seed}" for variant, seed in wanted):
+        lacking = [file for file in _files(name) if not (results / file).is_file()]
+        absent += [f"{name} ({', '.join(lacking)})"] if lacking else []
     if absent:
         raise RequestError(
             f"{results} lacks cells of the sweep: {', '.join(absent)}. A report of the rest would hide that. "
@@ -136,9 +148,13 @@ def read_cells(results: Path, variants: Sequence[str], seeds: Sequence[int]) -> 
     return [_read_cell(results, variant, seed) for variant, seed in wanted]
 
 
+def _files(cell: str) -> tuple[str, str, str]:
+    """History, training and evaluation of a cell, relative to the results."""
+    return f"{cell}/history.tsv", f"{cell}/train.json", f"evaluate/{cell}.json"
+
+
 def _read_cell(results: Path, variant: str, seed: int) -> Cell:
-    folder = results / f"{variant}-{seed}"
-    path = folder / "history.tsv"
+    path, train, evaluation = (results / file for file in _files(f"{variant}-{seed}"))
     try:
         history = pl.read_csv(path, separator="\t", infer_schema=False, quote_char=None)
     except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
@@ -153,8 +169,8 @@ def _read_cell(results: Path, variant: str, seed: int) -> Cell:
         variant=variant,
         seed=seed,
         history=history,
-        train=_read_json(folder / "train.json"),
-        evaluate=_read_json(folder / "evaluate.json"),
+        train=_read_json(train),
+        evaluate=_read_json(evaluation),
     )
 
 
@@ -162,13 +178,15 @@ def summarise(phase_1: Mapping[str, Figures], cells: Sequence[Cell], title: str)
     """What summary.json holds; values that are NaN or infinite become null."""
     score = phase_1["score"]
     variants = list(dict.fromkeys(cell.variant for cell in cells))
+    evaluations = [cell.evaluate for cell in cells]
     figures: Figures = _finite(
         {
             "format_version": 1,
             "title": title,
             "phase_1": {name: score.get(name) for name in PHASE_1_FIGURES},
             **phase_1,
-            "reference": _over_seeds(_reference_figures(cell.evaluate) for cell in cells),
+            "reference": _over_seeds(map(_reference_figures, evaluations))
+            | scores_over_seeds(evaluations, of_reference=True),
             "variants": {name: _statistics([cell for cell in cells if cell.variant == name]) for name in variants},
             "cells": {
                 cell.name: {
@@ -199,6 +217,7 @@ def _statistics(cells: Sequence[Cell]) -> Figures:
         "training": _over_seeds([cell.train for cell in cells]),
         "evaluation": _over_seeds([cell.evaluate for cell in cells]),
         "categories": {name: _over_seeds(rows) for name, rows in sorted(categories.items())},
+        **scores_over_seeds([cell.evaluate for cell in cells]),
     }
 
 
@@ -251,13 +270,11 @@ def numeric_curves(curves: pl.DataFrame) -> pl.DataFrame:
 
 
 def _links(cells: Sequence[Cell], out: Path, *, results: Path, models: Path) -> dict[str, dict[str, str]]:
+    names = ("history", "training", "evaluation")
     return {
-        cell.name: {
-            "history": _relative(results / cell.name / "history.tsv", out),
-            "training": _relative(results / cell.name / "train.json", out),
-            "evaluation": _relative(results / cell.name / "evaluate.json", out),
-            "model": _relative(models / cell.name, out),
-        }
+        cell.name: {name: _relative(results / file, out) for name, file in zip(names, _files(cell.name), strict=True)}
+        | {"answers": _relative(results / "answers" / cell.name / "samples.parquet", out)}
+        | {"model": _relative(models / cell.name, out)}
         for cell in cells
     }
 

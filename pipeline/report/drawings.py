@@ -9,9 +9,11 @@ import polars as pl
 
 from pipeline.report import charts
 from pipeline.report.panels import PANELS
+from pipeline.report.tables import TaskRow, task_rows
 
 POINTS_PER_CURVE = 300  # a chart is about 500 pixels wide
 POINTS_PER_PAGE = 6_000  # rows of `curves`, over all cells; drawing ten charts of 20,000 took a browser a minute
+TASK_CHARTS = 24  # a suite of benchmarks may have hundreds of metrics; its table has them all
 CURVE_KEYS = ("variant", "v", "cell", "step")
 
 
@@ -98,6 +100,26 @@ def evaluation_drawings(summary: Mapping[str, Any], palette: dict[str, str]) -> 
     return drawings
 
 
+def task_drawings(summary: Mapping[str, Any], palette: dict[str, str]) -> list[Drawing]:
+    """One small chart per metric of a task, the first TASK_CHARTS of them."""
+    return [
+        Drawing(
+            key=f"task-{index}",
+            title=row.task,
+            caption=f"{row.metric}{_direction(row)}. Dashed: the reference.",
+            spec=charts.task_chart(palette, chart=index, kind=row.kind, description=f"{row.task}: {row.metric}"),
+            table="tasks",
+            columns=TASK_COLUMNS,
+            missing=_without(set(row.by_variant), palette),
+        )
+        for index, row in enumerate(task_rows(summary)[:TASK_CHARTS])
+    ]
+
+
+def _direction(row: TaskRow) -> str:
+    return {True: ", higher is better", False: ", lower is better", None: ""}[row.higher_is_better]
+
+
 def _category_caption(count: int) -> str:
     largest = f"; the {charts.CHART_CATEGORIES} largest of {count}" if count > charts.CHART_CATEGORIES else ""
     return f"Held-out reward accuracy within each category, mean over seeds{largest}."
@@ -134,10 +156,12 @@ def points_per_curve(cells: int) -> int:
 
 def chart_tables(summary: Mapping[str, Any], curves: Sequence[pl.DataFrame]) -> dict[str, Any]:
     """{name: {"columns", "rows"}}: column names once, then lists of values, a third of the size of objects."""
+    tasks = task_chart_rows(summary)
     return {
         "curves": _curve_table(curves, list(summary["variants"])),
         "cells": _columnar(cell_rows(summary)),
         "categories": _columnar(category_rows(summary)),
+        **({"tasks": _columnar(tasks)} if tasks else {}),
     }
 
 
@@ -186,6 +210,25 @@ def category_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         for variant, statistics in summary["variants"].items()
         for category, figures in statistics["categories"].items()
     ]
+
+
+TASK_COLUMNS = ("chart", "variant", "value", "low", "high", "reference", "reference_low", "reference_high")
+
+
+def task_chart_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per chart of a task and variant; bounds: one deviation over seeds, or a single seed's standard error."""
+    rows = []
+    for index, task in enumerate(task_rows(summary)[:TASK_CHARTS]):
+        base = task.reference
+        # The reference is one model: what it differs by is the chance of its own answers.
+        reference = _with_bounds("reference", base.get("mean"), base.get("standard_error"))
+        for variant, figures in task.by_variant.items():
+            spread = figures["standard_deviation"]
+            spread = figures["standard_error"] if spread is None else spread
+            row = {"chart": index, "variant": variant} | _with_bounds("value", figures["mean"], spread) | reference
+            row |= {"low": row["value_low"], "high": row["value_high"]}
+            rows.append({name: row[name] for name in TASK_COLUMNS})
+    return rows
 
 
 def _mean(figures: Mapping[str, Any], name: str) -> float | None:

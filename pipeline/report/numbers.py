@@ -70,6 +70,27 @@ def show_statistic(statistic: Any, kind: str = "number") -> str:
     return f"{mean:,.{decimals}f} ± {deviation:,.{decimals}f}".replace("-", MINUS)
 
 
+def show_measured(statistic: Any, kind: str = "number") -> str:
+    """As show_statistic; a single seed is given ± its own standard error, where it has one."""
+    if isinstance(statistic, Mapping) and statistic.get("standard_deviation") is None:
+        statistic = {**statistic, "standard_deviation": statistic.get("standard_error")}
+    return show_statistic(statistic, kind)
+
+
+def show_interval(statistic: Any) -> str:
+    """57.0–65.0 %, from shares"""
+    low, high = (statistic.get(name) for name in ("low", "high")) if isinstance(statistic, Mapping) else (None, None)
+    return f"{100 * low:.1f}–{100 * high:.1f} %" if _is_number(low) and _is_number(high) else DASH
+
+
+def show_points(statistic: Any, base: Any) -> str:
+    """+2.1 points: how far one mean share is above another."""
+    mean, other = (found.get("mean") if isinstance(found, Mapping) else None for found in (statistic, base))
+    if not _is_number(mean) or not _is_number(other):
+        return DASH
+    return f"{100 * (mean - other):+.1f} points".replace("-", MINUS)
+
+
 def _magnitude(value: float) -> int:
     return math.floor(math.log10(abs(value)))
 
@@ -125,6 +146,9 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "number": show_number,
     "seconds": show_seconds,
     "statistic": show_statistic,
+    "measured": show_measured,
+    "interval": show_interval,
+    "points": show_points,
     "hyperparameters": show_hyperparameters,
     "trained": show_trained,
     "value": show_value,

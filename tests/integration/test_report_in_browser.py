@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.report.vega import write_plots_page
-from tests.pipeline.report.inputs import change_json, report, write_inputs
+from tests.pipeline.report.inputs import answer_row, change_json, report, write_answers, write_inputs, write_scores
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 EXECUTABLE = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -157,6 +157,17 @@ def page(tmp_path_factory):
     return report(write_inputs(tmp_path_factory.mktemp("report")))
 
 
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """A page with tasks, suites and the answers to three prompts, of which p1 changed most, and bdpo's p2."""
+    root = write_scores(write_inputs(tmp_path_factory.mktemp("scored")))
+    for cell, logps in (("dpo-0", (-11.0, -4.0, -10.0)), ("bdpo-0", (-11.0, -10.0, -6.0))):
+        rows = [answer_row(f"p{index}", policy_logp=logp) for index, logp in enumerate(logps)]
+        rows[0] |= {"text": "A Needle in hay"}
+        write_answers(root / f"results/answers/{cell}/samples.parquet", rows)
+    return report(root)
+
+
 def troubles(visit: Visit, page: Path) -> list[str]:
     """What is wrong with an opened report: errors, requests, charts that are not drawn."""
     try:
@@ -199,7 +210,17 @@ def test_markup_in_names_stays_text(browser, tmp_path):
     hostile = "</script><script>window.harmed = 1</script><img src=x onerror='window.harmed = 1'>"
     root = write_inputs(tmp_path, variants=["dpo"], seeds=[0])
     categories = {hostile: {"pairs": 9, "rewards/accuracies": 0.5, "rewards/margins": 1.0, "dcr": 0.5}}
-    change_json(root / "results/dpo-0/evaluate.json", categories=categories)
+    statistic = {"value": 0.5, "standard_error": None, "low": 0.4, "high": 0.6}
+    metrics = {hostile: statistic | {"higher_is_better": True}}
+    suite = {"domain": hostile, "reward_accuracy": statistic, "categories": {hostile: {"reward_accuracy": statistic}}}
+    change_json(
+        root / "results/evaluate/dpo-0.json",
+        categories=categories,
+        tasks={hostile: {"samples": 1, "metrics": metrics, "reference": metrics}},
+        suites={hostile: suite},
+    )
+    rows = [answer_row("p", prompt_text=hostile, text=hostile, author=author) for author in ("policy", "reference")]
+    write_answers(root / "results/answers/dpo-0/samples.parquet", rows)
     change_json(root / "results/dpo-0/train.json", objective=hostile, hyperparameters={hostile: 1})
     change_json(root / "data/prepared/summary.json", category_counts={hostile: 9})
     page = report(root, variants=["dpo"], seeds=[0], title=hostile, settings={hostile: hostile})
@@ -248,6 +269,95 @@ def test_clicking_a_heading_sorts_by_value_and_keeps_the_reference_on_top(browse
     assert visit.evaluate(order) == ["reference", "bdpo", "dpo"]
     visit.evaluate(click)
     assert visit.evaluate(order) == ["reference", "dpo", "bdpo"]
+
+
+def test_charts_of_tasks_are_drawn_and_hidden_with_their_variant(browser, scored):
+    visit = browser.open(scored)
+    assert troubles(visit, scored) == []
+    before = dict(visit.evaluate(MARKS))
+    assert (before["chart-task-0"], before["chart-task-1"]) == (2, 2)
+    visit.evaluate("document.querySelector('#tasks .legend button[data-variant=bdpo]').click()")
+    visit.evaluate("new Promise((resume) => requestAnimationFrame(() => requestAnimationFrame(resume)))")
+    assert dict(visit.evaluate(MARKS))["chart-task-0"] == 1
+    dashed = "document.querySelectorAll('#chart-task-0 svg line[stroke-dasharray=\"4,4\"]').length"
+    assert visit.evaluate(dashed) == 1  # the reference stays
+
+
+def press(browser, visit, key: str, code: int, text: str = "") -> None:
+    for kind in ("keyDown", "keyUp"):
+        named = {"key": key, "code": key, "windowsVirtualKeyCode": code} | ({"text": text} if kind == "keyDown" else {})
+        browser.call("Input.dispatchKeyEvent", visit.session, type=kind, **named)
+
+
+def test_tasks_are_sorted_from_the_keyboard_and_say_so(browser, scored):
+    visit = browser.open(scored)
+    head = "[...document.querySelectorAll('#tasks thead th')].find((th) => th.textContent == 'bdpo')"
+    order = "[...document.querySelectorAll('#tasks tbody th')].map((th) => th.textContent)"
+    visit.evaluate(
+        "[...document.querySelectorAll('#tasks thead th')].find((th) => th.textContent == 'dpo')"
+        ".querySelector('button').focus()"
+    )
+    press(browser, visit, "Tab", 9)
+    assert visit.evaluate("document.activeElement.textContent") == "bdpo"
+    for direction, names in (
+        ("ascending", ["gsm8k_cot_4shot", "wikitext"]),
+        ("descending", ["wikitext", "gsm8k_cot_4shot"]),
+    ):
+        press(browser, visit, "Enter", 13, "\r")
+        assert visit.evaluate(f"{head}.getAttribute('aria-sort')") == direction
+        assert visit.evaluate(order) == names
+    assert visit.evaluate("document.querySelectorAll('#tasks [aria-sort]').length") == 1
+
+
+def test_answers_are_ordered_bounded_and_searched(browser, scored):
+    visit = browser.open(scored)
+    assert visit.errors == []
+    assert visit.evaluate("document.getElementById('answer-controls').offsetHeight > 0")
+    shown = (
+        "[...document.querySelectorAll('#answer-list > details')].filter((prompt) => prompt.offsetHeight)"
+        ".map((prompt) => prompt.querySelector('summary').textContent.slice(9, 11))"
+    )
+    count = "document.getElementById('answer-count').textContent"
+
+    def enter(name: str, value: str) -> list[str]:
+        visit.evaluate(
+            f"(() => {{ const control = document.getElementById('answer-{name}'); control.value = '{value}';"
+            "control.dispatchEvent(new Event('input', { bubbles: true })); })()"
+        )
+        return visit.evaluate(shown)
+
+    assert visit.evaluate(shown) == ["p1", "p2", "p0"]
+    assert enter("order", "2") == ["p2", "p1", "p0"]  # by bdpo's
+    assert enter("least", "0.2") == ["p2", "p1"]
+    assert enter("order", "0") == ["p1", "p2"]
+    assert visit.evaluate(count) == "2 of 3 shown"
+    assert enter("search", "NEEDLE") == []
+    assert enter("least", "0") == ["p0"]
+    assert enter("search", "") == ["p1", "p2", "p0"]
+
+
+def test_a_table_is_copied_as_the_file_has_it(browser, scored):
+    visit = browser.open(scored)
+    visit.evaluate("document.querySelector('#paper details').open = true")
+    browser.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    browser.call("Page.bringToFront", visit.session)
+    visit.evaluate("document.querySelector('[data-of=paste-latex]').focus()")
+    press(browser, visit, "Enter", 13, "\r")
+    visit.wait_until("document.querySelector('[data-of=paste-latex]').textContent == 'Copied'")
+    assert visit.evaluate("navigator.clipboard.readText()") == (scored.parent / "table.tex").read_text()
+    assert visit.errors == []
+
+
+def test_without_a_clipboard_the_table_is_selected(browser, scored):
+    visit = browser.open(scored)
+    visit.evaluate("document.querySelector('#paper details').open = true")
+    visit.evaluate(
+        "Object.defineProperty(navigator, 'clipboard', { value: undefined }); document.execCommand = () => false"
+    )
+    visit.evaluate("document.querySelector('[data-of=paste-markdown]').click()")
+    label = "document.querySelector('[data-of=paste-markdown]').textContent"
+    assert visit.evaluate(label) == "Selected: copy it now"
+    assert visit.evaluate("getSelection().toString()").strip() == (scored.parent / "table.md").read_text().strip()
 
 
 def test_dvc_plots_are_drawn_offline_with_the_page_template(browser, tmp_path):

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from pipeline.report.collect import write_report
+
+MEASURES = ("reward_accuracy", "logp_accuracy", "token_logp_accuracy")
+MEASURES += ("best_of_reward", "best_of_logp", "best_of_token_logp")
 
 
 def write_inputs(
@@ -20,9 +25,24 @@ def write_inputs(
         for seed in seeds:
             folder = root / f"results/{variant}-{seed}"
             write_json(folder / "train.json", train(variant, seed, steps))
-            write_json(folder / "evaluate.json", evaluate(variant, seed, place))
+            write_json(root / f"results/evaluate/{variant}-{seed}.json", evaluate(variant, seed, place))
             write_history(folder / "history.tsv", [history_row(step, steps, place) for step in range(1, steps + 1)])
     return root
+
+
+def write_scores(root: Path, *, variants: Sequence[str] = ("dpo", "bdpo"), seeds: Sequence[int] = (0, 1)) -> Path:
+    """Tasks and suites into the evaluations of `write_inputs`, as an evaluation with benchmarks writes them."""
+    for place, variant in enumerate(variants):
+        for seed in seeds:
+            path = root / f"results/evaluate/{variant}-{seed}.json"
+            change_json(path, tasks=tasks(seed, place), suites=suites(seed, place))
+    return root
+
+
+def write_answers(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A file of sampled answers; every row from `answer_row`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pl.DataFrame(rows, schema=ANSWER_SCHEMA).write_parquet(path)
 
 
 def report(root: Path, *, variants: Sequence[str] = ("dpo", "bdpo"), seeds: Sequence[int] = (0, 1), **options) -> Path:
@@ -164,3 +184,62 @@ def evaluate(variant: str, seed: int, place: int) -> dict[str, Any]:
         },
         "reference": {"logps/accuracies": 0.61, "logps/chosen": -21.3, "logps/rejected": -26.9, "nll/chosen": 1.12},
     }
+
+
+def tasks(seed: int, place: int) -> dict[str, Any]:
+    """gsm8k: 0.3 of the reference; the variants 0.35 and 0.45 at seed 0, 0.02 more for each seed."""
+    accuracy = {"value": 0.35 + 0.1 * place + 0.02 * seed, "standard_error": 0.03 + 0.01 * seed}
+    perplexity = {"value": 12.5 - place, "standard_error": None, "higher_is_better": False}
+    return {
+        "gsm8k_cot_4shot": {
+            "samples": 20,
+            "metrics": {"exact_match,strict-match": accuracy | {"higher_is_better": True}},
+            "reference": {
+                "exact_match,strict-match": {"value": 0.3, "standard_error": 0.025, "higher_is_better": True}
+            },
+        },
+        "wikitext": {
+            "samples": 62,
+            "metrics": {"word_perplexity,none": perplexity},
+            "reference": {"word_perplexity,none": perplexity | {"value": 11.0}},
+        },
+    }
+
+
+def suites(seed: int, place: int) -> dict[str, Any]:
+    """rewardbench2 out of domain and held_out in it; accuracies rise with the variant, the seed and the measure."""
+
+    def statistic(value: float) -> dict[str, float]:
+        return {"value": value, "standard_error": 0.02, "low": value - 0.04, "high": value + 0.04}
+
+    def measures(base: float, names: Sequence[str] = MEASURES) -> dict[str, Any]:
+        shift = 0.05 * place + 0.02 * seed
+        return {name: statistic(base + shift + 0.01 * index) for index, name in enumerate(names)}
+
+    base = {name: statistic(0.5) for name in MEASURES if "reward" not in name}
+    counts = {"pairs": 300, "prompts": 100, "rows": 100}
+    categories = {name: {"rows": 10 + index, **measures(0.4)} for index, name in enumerate(("Factuality", "Focus"))}
+    return {
+        "rewardbench2": {"domain": "out", **counts, **measures(0.6), "reference": base, "categories": categories},
+        "held_out": {"domain": "in", **counts, **measures(0.7), "reference": base},
+    }
+
+
+ANSWER_SCHEMA = {
+    "prompt_key": pl.Binary,
+    "prompt_text": pl.String,
+    "author": pl.String,
+    "sample": pl.Int32,
+    "text": pl.String,
+    "n_tokens": pl.Int32,
+    "policy_logp": pl.Float64,
+    "reference_logp": pl.Float64,
+    "true_reward": pl.Float64,
+}
+
+
+def answer_row(prompt: str, **changes: Any) -> dict[str, Any]:
+    """A policy's answer of 10 tokens that gained 2 nats."""
+    row = {"prompt_key": prompt.encode(), "prompt_text": f"Question {prompt}?", "author": "policy", "sample": 0}
+    row |= {"text": f"policy on {prompt}", "n_tokens": 10, "policy_logp": -10.0, "reference_logp": -12.0}
+    return row | {"true_reward": None} | changes

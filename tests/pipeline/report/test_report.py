@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.errors import RequestError
 from tests.pipeline.report.inputs import change_json, history_row, report, write_history, write_inputs
+from tests.pipeline.report.pages import chart_data, words_of
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -25,16 +26,6 @@ def inputs(tmp_path):
 
 def summary_of(root) -> dict:
     return json.loads((root / "report/summary.json").read_text())
-
-
-def words_of(page) -> str:
-    """The page's text as it is read, without scripts."""
-    body = re.sub(r"<(script|style)\b.*?</\1>", " ", page.read_text(), flags=re.DOTALL)
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body))
-
-
-def chart_data(page) -> dict:
-    return json.loads(re.search(r'id="report-data">(.*?)</script>', page.read_text(), re.DOTALL)[1])
 
 
 def test_summary_holds_phase_1_cells_and_statistics_over_seeds(made):
@@ -88,15 +79,17 @@ def test_same_inputs_give_the_same_bytes(inputs):
         return {path.name: path.read_bytes() for path in (inputs / "report").iterdir()}
 
     first = bytes_of_report()
-    assert sorted(first) == ["curves.tsv", "index.html", "summary.json"]
+    assert sorted(first) == ["curves.tsv", "index.html", "summary.json", "table.md", "table.tex"]
     assert bytes_of_report() == first
 
 
 def test_missing_cell_is_named_with_what_to_run_and_nothing_is_written(inputs):
-    with pytest.raises(RequestError, match=r"dpo-1 \(history.tsv, train.json, evaluate.json\).*`dvc repro`"):
+    with pytest.raises(
+        RequestError, match=r"dpo-1 \(dpo-1/history.tsv, dpo-1/train.json, evaluate/dpo-1.json\).*`dvc repro`"
+    ):
         report(inputs, variants=["dpo"], seeds=[0, 1])
-    (inputs / "results/dpo-0/evaluate.json").unlink()
-    with pytest.raises(RequestError, match=r"dpo-0 \(evaluate.json\)"):
+    (inputs / "results/evaluate/dpo-0.json").unlink()
+    with pytest.raises(RequestError, match=r"dpo-0 \(evaluate/dpo-0.json\)"):
         report(inputs, variants=["dpo"], seeds=[0])
     assert not (inputs / "report").exists()
 
@@ -112,7 +105,7 @@ def test_folders_of_removed_cells_are_ignored(inputs):
     ("file", "content", "complaint"),
     [
         ("results/dpo-0/train.json", '{"steps": ', "train.json is not valid JSON"),
-        ("results/dpo-0/evaluate.json", "[]", "evaluate.json holds list"),
+        ("results/evaluate/dpo-0.json", "[]", "dpo-0.json holds list"),
         ("results/dpo-0/history.tsv", "", "history.tsv"),
         ("results/dpo-0/history.tsv", "step\tloss\n", "history.tsv has columns .* and 0 rows"),
         ("results/dpo-0/history.tsv", "epoch\tloss\n1\t2\n", "column step"),
@@ -144,7 +137,7 @@ def test_page_tells_what_ran(made):
 def test_absent_figures_show_a_dash_and_no_chart(inputs):
     rows = [{"step": step, "loss": 0.5} for step in range(1, 4)]
     write_history(inputs / "results/dpo-0/history.tsv", rows)
-    (inputs / "results/dpo-0/evaluate.json").write_text('{"variant": "dpo", "seed": 0, "pairs": 202}')
+    (inputs / "results/evaluate/dpo-0.json").write_text('{"variant": "dpo", "seed": 0, "pairs": 202}')
     (inputs / "results/dpo-0/train.json").write_text("{}")
     for name in ("data/prepared/summary.json", "results/sft/metrics.json", "results/score/metrics.json"):
         (inputs / name).write_text("{}")
@@ -157,7 +150,7 @@ def test_absent_figures_show_a_dash_and_no_chart(inputs):
 
 
 def test_values_that_are_no_numbers_become_null_and_gaps(inputs):
-    change_json(inputs / "results/dpo-0/evaluate.json", kl=float("nan"))
+    change_json(inputs / "results/evaluate/dpo-0.json", kl=float("nan"))
     rows = [history_row(step, 5, 0) | {"loss": value} for step, value in enumerate(["0.7", "nan", "inf", "0.5"], 1)]
     write_history(inputs / "results/dpo-0/history.tsv", rows)
     page = report(inputs, variants=["dpo"], seeds=[0])
@@ -175,7 +168,7 @@ def test_a_single_seed_has_no_deviation(inputs):
 
 def test_markup_in_data_is_escaped_everywhere(inputs):
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(2)><!--<b>"
-    change_json(inputs / "results/dpo-0/evaluate.json", categories={hostile: {"pairs": 9, "rewards/accuracies": 0.5}})
+    change_json(inputs / "results/evaluate/dpo-0.json", categories={hostile: {"pairs": 9, "rewards/accuracies": 0.5}})
     skipped = {"count": 1, "examples": [{"where": hostile, "reason": hostile}]}
     change_json(inputs / "data/prepared/summary.json", skipped_rows=skipped, category_counts={hostile: 3})
     change_json(inputs / "results/dpo-0/train.json", objective=hostile, hyperparameters={hostile: hostile})
@@ -188,7 +181,7 @@ def test_markup_in_data_is_escaped_everywhere(inputs):
 def test_links_are_relative_and_survive_odd_folder_names(tmp_path):
     page = report(write_inputs(tmp_path / "a #1", variants=["dpo"], seeds=[0]), variants=["dpo"], seeds=[0]).read_text()
     links = set(re.findall(r'href="([^"#]+)"', page))
-    assert "../results/dpo-0/history.tsv" in links
+    assert {"../results/dpo-0/history.tsv", "../results/dpo-0/train.json", "../results/evaluate/dpo-0.json"} <= links
     assert {"../models/policies/dpo-0", "../data/reference/logps", "curves.tsv"} <= links
     odd = report(tmp_path / "a #1", variants=["dpo"], seeds=[0], models=tmp_path / "m #2").read_text()
     assert 'href="../../m%20%232/dpo-0"' in odd
