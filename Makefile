@@ -47,4 +47,4 @@ check: lint
 	$(MAKE) --no-print-directory -j2 types fast
 
 clean:
-	rm -rf $(VENV) .refcache data/prepared data/reference models results report
+	rm -rf $(VENV) .refcache data/prepared data/reference data/sampled models results report

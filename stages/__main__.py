@@ -10,11 +10,12 @@ import click
 COMMANDS = {
     "prepare": "Read preference data; tokenise, split and key it.",
     "sft": "Fine-tune (or take as it is) the reference model.",
+    "sample": "Make pairs of the reference's own answers.",
     "score": "Score every response under the reference with vLLM.",
     "sketch": "Sketch the reference's gradient of every training response.",
     "constraint": "Say which sketches a variant trains with, for DVC.",
     "train": "Train one policy against the reference cache with DeepSpeed.",
-    "evaluate": "Compare one policy with the reference on held-out pairs.",
+    "evaluate": "Compare policies with the reference on held-out pairs.",
     "report": "Collect all variants into tables, curves and one HTML page.",
     "inspect": "Show what a reference cache holds.",
     "sketch-report": "Say whether the sketches are large enough.",

@@ -23,7 +23,7 @@ ARROWS = {
     "trainable": "params model",
     "forward": "params model",
     "published": "params",
-    "sampled": "params",
+    "sampled": "params model data engine policies reference.identity evaluation.sampling",
     "encoding": "",
     "data": "params model.tokenizer published encoding",
     "sketches": "params model trainable forward",
@@ -40,7 +40,7 @@ ARROWS = {
 OPEN = {"errors", "files", "hub", "progress", "workspace"}  # modules of pipeline/ itself, for every room
 ENGINES = {"vllm": "pipeline/engine/vllm_engine.py", "deepspeed": "pipeline/training/deepspeed_engine.py"}
 ENGINE_FREE = ["params", "objectives", "report", "model", "trainable", "forward", "published", "encoding", "data"]
-ENGINE_FREE += ["sketches", "auxdpo", "sampled"]
+ENGINE_FREE += ["sketches", "auxdpo"]
 TORCH_FREE = ["cache", "pipeline.params", "pipeline.report", "pipeline.upkeep.inspection", "pipeline.upkeep.garbage"]
 
 

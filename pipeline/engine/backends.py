@@ -32,6 +32,7 @@ class Backend(ABC):
     """
 
     pooling_task: ClassVar[str | None] = None
+    convert: ClassVar[str] = "auto"  # EngineArgs.convert, where there is a pooling task
 
     def __init__(self, model: Path, *, trust_remote_code: bool, plan: HeadPlan | None = None) -> None:
         """plan: sketches of the head's gradient to give beside log-probs; only HiddenStates can."""
@@ -116,6 +117,7 @@ class HiddenStates(Backend):
     """The engine as a `token_embed` pooling model; the output head is ours, in chunks, for response rows only."""
 
     pooling_task = "token_embed"
+    convert = "embed"
     CHUNK_TOKENS: ClassVar[int] = 1024
     KEPT_ENDS: ClassVar[int] = 2  # of a response's first blocks; siblings seldom begin alike for longer
 
@@ -183,6 +185,23 @@ class HiddenStates(Backend):
                 self._ends.setdefault(key, states[end - 1 - first].clone())
 
 
+class Classes(Backend):
+    """A sequence-classification model's logits of whole sequences, as reward models give; no log-probs."""
+
+    pooling_task = "classify"
+
+    def step_budget(self, wanted: int, max_model_len: int) -> dict[str, Any]:
+        # Pooled from the last token's state, so a sequence must lie in one step.
+        return {"max_num_batched_tokens": max(wanted, max_model_len), "enable_chunked_prefill": False}
+
+    def request(self, prompt: np.ndarray, response: np.ndarray) -> dict[str, Any]:
+        return {"use_activation": False}  # the logit, and no probability of a single class
+
+    def read(self, output: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+        logits: np.ndarray = output.outputs.data.float().cpu().numpy().reshape(-1)
+        return logits
+
+
 def computed_tokens(output: Any, prompt: np.ndarray, response: np.ndarray) -> int:
     """How many response tokens, counted from the end, the engine has an answer for: those it did not skip."""
     skipped: int | None = output.num_cached_tokens
@@ -195,4 +214,5 @@ BACKENDS: dict[str, type[Backend]] = {
     "token_ids": TokenIds,
     "hidden_states": HiddenStates,
     "prompt_logprobs": PromptLogprobs,
+    "classes": Classes,
 }

@@ -96,6 +96,7 @@ class EngineProcess:
         exchangeable: bool = False,
         lora_rank: int | None = None,
         tokenizer: Path | None = None,
+        classes: bool = False,
     ) -> str:
         """Build the engine, wait until it is ready, and return its backend (a key of backends.BACKENDS).
 
@@ -103,7 +104,7 @@ class EngineProcess:
         without one, or with sampling (`generate`), the one that vLLM supports everywhere. plan: of sketches that
         `score` is going to be asked for, which hidden_states alone can give. exchangeable: `model` says what is built,
         and `exchange` brings the weights. lora_rank: at most, of adapters for `adapt`. tokenizer: folder, for
-        Sampling.stop. Raises EngineFailed.
+        Sampling.stop. classes: a model for `classify`. Raises EngineFailed.
         """
         settings = {
             "model": model.absolute(),
@@ -119,8 +120,8 @@ class EngineProcess:
         with activity(f"starting vLLM ({self.log})"):
             on_cpu = self._ask(None, "did not start", None)
             candidates = _backends(self._params, on_cpu=on_cpu, choice=probe is not None and not sampling)
-            if plan is not None:
-                candidates = ["hidden_states"]
+            if plan is not None or classes:
+                candidates = ["classes" if classes else "hidden_states"]
             for backend in candidates:
                 try:
                     self._ask(settings | {"backend": backend}, "did not start", None)
@@ -174,6 +175,11 @@ class EngineProcess:
     def ranked(self, rows: Sequence[Row], advance: Advance) -> list[np.ndarray]:
         """As `score`, of an engine that samples: (response length, 2) a row, log-prob and rank of each token."""
         answers: list[np.ndarray] = self._ask(("ranked", (rows,), {}), "failed while scoring", advance)
+        return answers
+
+    def classify(self, sequences: Sequence[np.ndarray], advance: Advance) -> list[np.ndarray]:
+        """Logits, float32 (classes,) a sequence of token ids, of an engine with `classes`; raises as score does."""
+        answers: list[np.ndarray] = self._ask(("classify", (sequences,), {}), "failed while classifying", advance)
         return answers
 
     def exchange(self, model: Path) -> None:

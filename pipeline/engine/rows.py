@@ -71,6 +71,11 @@ def longest_row(rows: pl.DataFrame) -> int:
     return int(rows.select(length.max()).item() or 0)
 
 
+def longest_prompt(prompts: pl.DataFrame) -> int:
+    """Tokens of the longest of `prompt_ids`; 0 for none."""
+    return int(prompts["prompt_ids"].list.len().max() or 0)  # type: ignore[arg-type]
+
+
 def row_tokens(rows: pl.DataFrame) -> int:
     """Tokens of all prompts and responses, a prompt counted with each of its responses."""
     return int(rows.select(pl.col("prompt_ids", "response_ids").list.len().sum()).sum_horizontal().item())

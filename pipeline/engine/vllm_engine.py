@@ -90,7 +90,7 @@ class VLLMEngine:
             arguments["generation_config"] = "vllm"
         else:
             pooler = PoolerConfig(task=self.backend.pooling_task)
-            arguments |= {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
+            arguments |= {"runner": "pooling", "convert": self.backend.convert, "pooler_config": pooler}
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         if exchangeable:
             self.engine.collective_rpc("update_config", args=({"load_config": {"load_format": "auto"}},))
@@ -125,6 +125,20 @@ class VLLMEngine:
             return " ".join(str(error).split())
         self._adapter = request
         return None
+
+    def classify(self, sequences: Sequence[np.ndarray], on_finished: OnFinished) -> list[np.ndarray]:
+        """Logits of each class by a sequence-classification model, float32 (classes,) a sequence."""
+        self._passes += 1
+        options = self.backend.request(np.empty(0), np.empty(0)) | {"skip_reading_prefix_cache": True}
+        requests = [
+            (TokensPrompt(prompt_token_ids=ids.tolist()), PoolingParams(task=self.backend.pooling_task, **options))
+            for ids in sequences
+        ]
+        found: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
+        for index, output in self._finished(requests):
+            found[index] = self.backend.read(output, sequences[index], np.empty(0))
+            on_finished(1, len(sequences[index]))
+        return found
 
     def _forget(self) -> None:
         """Blocks that were computed with other weights must not be read."""

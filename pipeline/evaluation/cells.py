@@ -16,7 +16,7 @@ import polars as pl
 from cache import CacheError, Reference, open_reference
 from pipeline.data.tables import read_pairs, read_responses
 from pipeline.engine.process import EngineProcess, orderly_termination
-from pipeline.engine.rows import EngineLength, Sampling, engine_length, longest_row, token_arrays
+from pipeline.engine.rows import EngineLength, Sampling, engine_length, longest_prompt, longest_row, token_arrays
 from pipeline.errors import RequestError, RunFailed
 from pipeline.evaluation.answers_table import answers_table, true_rewards
 from pipeline.evaluation.metrics import PairValues, category_metrics, mean_over_prompts, pair_metrics, reference_metrics
@@ -231,14 +231,13 @@ class _Run:
     def _longest_sample(self, limits: ModelLimits) -> int:
         if self._prompts.is_empty():
             return 0
-        longest_prompt = self._prompts["prompt_ids"].list.len().max()
-        assert isinstance(longest_prompt, int)
-        longest = longest_prompt + self._params.max_new_tokens
+        longest = longest_prompt(self._prompts) + self._params.max_new_tokens
         if limits.positions is not None and longest > limits.positions:
             raise RequestError(
-                f"evaluate.max_new_tokens is {self._params.max_new_tokens} and a prompt has {longest_prompt} tokens, "
+                f"evaluate.max_new_tokens is {self._params.max_new_tokens} and a prompt has "
+                f"{longest - self._params.max_new_tokens} tokens, "
                 f"but the model has {limits.positions} positions. "
-                f"Set it to {limits.positions - longest_prompt} or less."
+                f"Set it to {limits.positions - longest + self._params.max_new_tokens} or less."
             )
         return longest
 

@@ -6,7 +6,7 @@ engine, so every command can validate in milliseconds.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
@@ -42,6 +42,7 @@ class Params(Section):
     model: ModelParams
     prepare: PrepareParams
     sft: SftParams
+    pairs: Literal["prepared", "sampled"] = "prepared"  # what policies train on; dvc.yaml takes its path from here
     score: ScoreParams
     sketch: SketchParams = SketchParams()
     sample: SampleParams = SampleParams()
@@ -63,6 +64,8 @@ class Params(Section):
             )
         if self.sketch.by_engine:
             _check_engine_sketches(self.sketch, self.score, self.trainable, needing)
+        if self.pairs == "sampled" and self.sample.scorer == "none":
+            raise ValueError("pairs: sampled needs answers that are sampled and scored; set sample.scorer, found none")
         if self.prepare.sft.source == "none" and self.sft.epochs > 0:
             raise ValueError("prepare.sft.source: none leaves nothing to train on; set sft.epochs: 0")
         if self.model.scratch is not None and self.sft.epochs == 0:

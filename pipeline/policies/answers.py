@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from cache import CacheError, Journal, ReferenceIdentity, response_key
+from cache import CacheError, Journal, ReferenceIdentity, prompt_key, response_key
 from cache.identity import record_identity
 from cache.schema import Kind
 from pipeline.engine.process import EngineProcess
@@ -46,6 +46,15 @@ def _check_ranked(table: pa.Table) -> None:
         raise CacheError("a log-prob that is NaN or infinite. Nothing of this batch was stored.")
 
 
+_SCORES_SCHEMA = pa.schema([_KEY, pa.field("score", pa.float64(), nullable=False)])
+
+
+def _check_scores(table: pa.Table) -> None:
+    if not np.isfinite(table["score"].to_numpy()).all():
+        raise CacheError("a score that is NaN or infinite. Nothing of this batch was stored.")
+
+
+_SCORES = Kind("scores", _SCORES_SCHEMA, [], [], _check_scores, "scores", "sample")
 _ANSWERS = Kind("answers", _SCHEMA, [], [], _check_answers, "answers", "evaluate")
 _RANKED = Kind("ranked", _RANKED_SCHEMA, [], [], _check_ranked, "log-probs", "evaluate")
 
@@ -66,6 +75,7 @@ class Answers:
         folder = answers_folder() / identity.reference_id
         self._logps, self._drawn = Journal(folder / "logps"), Journal(folder / "drawn", _ANSWERS)
         self._ranked = Journal(folder / "ranked", _RANKED)
+        self._scores = Journal(folder / "scores", _SCORES)
         self._stack = ExitStack()
         self._sums: dict[bytes, float] | None = None
         self._found: dict[bytes, list[list[int]]] | None = None
@@ -73,7 +83,7 @@ class Answers:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            for journal in (self._logps, self._drawn, self._ranked):
+            for journal in (self._logps, self._drawn, self._ranked, self._scores):
                 stack.enter_context(journal)
             record_identity(self._logps.path.parent.parent, self.identity)
             self._stack = stack.pop_all()
@@ -171,6 +181,27 @@ class Answers:
                     self._ranked.append(_table(_RANKED_SCHEMA, asked, logps, greedy))
                     found.update(zip(asked, answers, strict=True))
         return found
+
+    # scores of a reward model -----------------------------------------------------------------------------------------
+
+    def scores(self, sequences: Sequence[np.ndarray], ask: Ask, what: str) -> list[float]:
+        """The logit of each sequence of token ids under a model with one class; a sequence may come twice."""
+        found: dict[bytes, float] = {}
+        for table in self._scores.tables():
+            found |= zip(*(table[name].to_pylist() for name in table.column_names), strict=True)
+        keys = [prompt_key(ids) for ids in sequences]
+        first = {key: ids for key, ids in zip(keys, sequences, strict=True) if key not in found}
+        missing = sorted(first, key=lambda key: (-len(first[key]), key))
+        if missing:
+            engine = ask()
+            with progress_bar(f"{self.name}: {what}", len(missing)) as advance:
+                for start in range(0, len(missing), self._rows_per_call):
+                    asked = missing[start : start + self._rows_per_call]
+                    logits = engine.classify([first[key] for key in asked], advance)
+                    scores = [float(of.item()) for of in logits]
+                    self._scores.append(_table(_SCORES_SCHEMA, asked, scores))
+                    found.update(zip(asked, scores, strict=True))
+        return [found[key] for key in keys]
 
     def _ranked_rows(self) -> dict[bytes, Ranked]:
         if self._ranks is None:
