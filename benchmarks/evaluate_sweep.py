@@ -3,10 +3,10 @@
     python benchmarks/evaluate_sweep.py --project ../demo --base ../refcache-before --cells 10 \\
         --out benchmarks/results/DATE-evaluate-sweep.md
 
---project: a folder where `dvc repro` has run with --cells cells in its sweep; its params.yaml is used, and nothing in it
-is changed. --base: a checkout whose `evaluate` takes one cell; it runs with the same Python. Three things are measured,
-in turn and on the same policies: all cells by the base, one after the other; all cells here, from nothing; and here again
-after one policy was replaced. The figures of all cells must be the base's.
+--project: a folder where `dvc repro` has run with --cells cells in its sweep; its params.yaml is used, and nothing in
+it is changed. --base: a checkout whose `evaluate` takes one cell; it runs with the same Python. Measured in turn and on
+the same policies: all cells by the base, one after the other; all cells here, from nothing; here again after one policy
+was replaced, and with nothing new. The figures of all cells must be the base's.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,7 +82,7 @@ def measured(project: Path, base: Path, cells: list[str], scratch: Path) -> list
         "",
         "| | seconds | against |",
         "|---|---|---|",
-        f"| base, {len(cells)} cells one by one | {total:.1f} ({min(one_by_one):.1f} to {max(one_by_one):.1f} a cell) | |",
+        f"| base, {len(cells)} cells one by one | {total:.1f} ({min(one_by_one):.1f} to {max(one_by_one):.1f} each) | |",
         f"| this, all cells from nothing | {whole:.1f} | {whole / total:.3f} of the base's |",
         f"| this, one policy of {len(cells)} replaced | {again:.1f} | {again / mean:.2f} of one cell of the base's |",
         f"| this, nothing new | {nothing:.1f} | {nothing / mean:.2f} of one cell of the base's |",
@@ -110,7 +112,8 @@ def together(cells: list[str], out: Path, policies: Path, name: str = "all") -> 
 def seconds(checkout: Path, project: Path, home: Path, words: list[str]) -> float:
     """Of the whole command. home: the workspace, so that nothing measured elsewhere is known."""
     paths = {"pairs": "data/prepared/pairs", "model": "models/reference", "reference": "data/reference/logps"}
-    command = [sys.executable, "-m", "stages", "evaluate", "--params", str(project / "params.yaml"), *words]
+    params = known_params(project / "params.yaml", home / "params.yaml", checkout)
+    command = [sys.executable, "-m", "stages", "evaluate", "--params", str(params), *words]
     command += [word for name, path in paths.items() for word in (f"--{name}", str(project / path))]
     environment = os.environ | {"PYTHONPATH": str(checkout), "REFCACHE_HOME": str(home / "home")}
     start = time.perf_counter()
@@ -118,6 +121,17 @@ def seconds(checkout: Path, project: Path, home: Path, words: list[str]) -> floa
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return time.perf_counter() - start
+
+
+def known_params(file: Path, copy: Path, checkout: Path) -> Path:
+    """The project's parameters without the sections and keys that the checkout's own params.yaml lacks."""
+    yaml = YAML(typ="safe", pure=True)
+    params, known = yaml.load(file), yaml.load(checkout / "params.yaml")
+    params = {name: value for name, value in params.items() if name in known}
+    params["evaluate"] = {name: value for name, value in params["evaluate"].items() if name in known["evaluate"]}
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text(json.dumps(params))
+    return copy
 
 
 def replace_policy(policy: Path, folder: Path) -> None:
