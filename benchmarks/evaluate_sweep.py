@@ -82,7 +82,7 @@ def measured(project: Path, base: Path, cells: list[str], scratch: Path) -> list
         "",
         "| | seconds | against |",
         "|---|---|---|",
-        f"| base, {len(cells)} cells one by one | {total:.1f} ({min(one_by_one):.1f} to {max(one_by_one):.1f} each) | |",
+        f"| base, {len(cells)} cells in turn | {total:.1f} ({min(one_by_one):.1f} to {max(one_by_one):.1f} each) | |",
         f"| this, all cells from nothing | {whole:.1f} | {whole / total:.3f} of the base's |",
         f"| this, one policy of {len(cells)} replaced | {again:.1f} | {again / mean:.2f} of one cell of the base's |",
         f"| this, nothing new | {nothing:.1f} | {nothing / mean:.2f} of one cell of the base's |",
