@@ -21,6 +21,7 @@ from stages.tables import show_bytes
 @click.option("--other-references", is_flag=True, help="Also drop the journals of every other reference.")
 @click.option("--damaged", is_flag=True, help="Also drop what `verify --repair` moved aside.")
 @click.option("--views", is_flag=True, help="Also drop the data loaders' copies; they are made again.")
+@click.option("--answers", is_flag=True, help="Also drop what evaluate and sample asked of models; it is asked again.")
 @click.option("--dry-run", is_flag=True, help="Say what would go; change nothing.")
 def command(
     pairs: tuple[Path, ...],
@@ -29,6 +30,7 @@ def command(
     other_references: bool,
     damaged: bool,
     views: bool,
+    answers: bool,
     dry_run: bool,
 ) -> None:
     """Drop journalled rows that no current pair uses, and no others. What is published is never touched.
@@ -51,6 +53,7 @@ def command(
         other_references=other_references,
         damaged=damaged,
         views=views,
+        answers=answers,
         dry_run=dry_run,
     )
     about = "would be about " if dry_run else ""

@@ -10,7 +10,7 @@ from cache.garbage import Compaction, compact_journal, drop_journal, find_journa
 from cache.manifest import read_manifest
 from pipeline.data.tables import read_pairs, read_responses
 from pipeline.errors import RequestError, RunFailed
-from pipeline.workspace import damaged_folder, journal_folder, sketch_journal_folder, views_folder
+from pipeline.workspace import answers_folder, damaged_folder, journal_folder, sketch_journal_folder, views_folder
 
 
 class Sweep(NamedTuple):
@@ -28,13 +28,15 @@ def collect_garbage(
     other_references: bool = False,
     damaged: bool = False,
     views: bool = False,
+    answers: bool = False,
     dry_run: bool = False,
 ) -> Sweep:
     """Drop journalled rows that none of the prepared folders `pairs` uses; what is published is never touched.
 
     Journals of other references than the one published at `reference`, and of other sketches than those at `sketches`,
-    stay whole, or go whole with other_references. damaged, views: drop what `verify --repair` moved aside, and the data
-    loader's copies. dry_run: change nothing. Raises CacheLocked while a stage writes to one of the journals.
+    stay whole, or go whole with other_references. damaged, views, answers: drop what `verify --repair` moved aside, the
+    data loader's copies, and what evaluate and sample asked of models. dry_run: change nothing. Raises CacheLocked while
+    a stage writes to one of the journals.
     """
     needed = set[bytes]()
     for folder in pairs:
@@ -54,7 +56,7 @@ def collect_garbage(
         for root, folder, *_ in roots
         for done in _sweep(root, _published_id(folder), needed, other_references=other_references, dry_run=dry_run)
     ]
-    folders = [(damaged_folder(), damaged), (views_folder(), views)]
+    folders = [(damaged_folder(), damaged), (views_folder(), views), (answers_folder(), answers)]
     return Sweep(found, [(path, _size(path), _drop(path, drop, dry_run)) for path, drop in folders if path.is_dir()])
 
 
@@ -92,6 +94,8 @@ def _size(folder: Path) -> int:
 
 def _drop(folder: Path, drop: bool, dry_run: bool) -> bool:
     if drop and not dry_run:
+        for journal in find_journals(folder):
+            drop_journal(journal)  # unless it is being written
         try:
             shutil.rmtree(folder)
         except OSError as error:

@@ -28,7 +28,7 @@ def project(sound, tmp_path):
         with Journal(folder) as journal:
             journal.append(rows.slice(0, 12))
             journal.append(rows.slice(12))
-    for folder in ("damaged/x-1", "views"):
+    for folder in ("damaged/x-1", "views", "answers"):
         (project.home / folder).mkdir(parents=True)
         (project.home / folder / "rows").write_bytes(bytes(5000))
     project.fewer = write_pairs(tmp_path / "fewer", 5)  # the first five of the same prompts
@@ -75,10 +75,10 @@ def test_rows_of_any_of_several_pairs_stay(project):
 
 def test_a_dry_run_says_what_would_go_and_changes_nothing(project):
     before = times(project.root), tree(project.root)
-    flags = ("--other-references", "--damaged", "--views")
+    flags = ("--other-references", "--damaged", "--views", "--answers")
     result = gc(project, "--dry-run", *flags)
     assert result.exit_code == 0 and result.output.count("dropped would be about 9 rows") == 2
-    assert result.output.count("would be dropped, 4.9 KiB") == 2
+    assert result.output.count("would be dropped, 4.9 KiB") == 3
     assert (times(project.root), tree(project.root)) == before
     planned = [line.partition(";")[0] for line in result.output.splitlines() if "journal" in line]
     done = [line.partition(";")[0] for line in gc(project, *flags).output.splitlines() if "journal" in line]
@@ -86,7 +86,7 @@ def test_a_dry_run_says_what_would_go_and_changes_nothing(project):
 
 
 def test_other_references_damaged_files_and_views_go_when_asked(project):
-    result = gc(project, "--other-references", "--damaged", "--views")
+    result = gc(project, "--other-references", "--damaged", "--views", "--answers")
     assert result.exit_code == 0
     assert not (project.theirs / "rows.journal").exists() and rows(project.ours).height == 15
     assert sorted(path.name for path in project.home.iterdir()) == ["journal"]
@@ -120,3 +120,11 @@ def test_an_empty_workspace_is_no_error(project):
     shutil.rmtree(project.home)
     result = gc(project)
     assert (result.exit_code, result.output) == (0, "Nothing to collect: there is no journal.\n")
+
+
+def test_answers_that_are_being_written_are_left_alone(project):
+    with Journal(project.home / "answers/x/logps"):
+        result = gc(project, "--answers")
+        assert result.exit_code == 1 and "is being written by pid" in result.stderr
+    assert (project.home / "answers/x/logps/rows.journal").exists()
+    assert gc(project, "--answers").exit_code == 0 and not (project.home / "answers").exists()
