@@ -35,8 +35,8 @@ def collect_garbage(
 
     Journals of other references than the one published at `reference`, and of other sketches than those at `sketches`,
     stay whole, or go whole with other_references. damaged, views, answers: drop what `verify --repair` moved aside, the
-    data loader's copies, and what evaluate and sample asked of models. dry_run: change nothing. Raises CacheLocked while
-    a stage writes to one of the journals.
+    data loader's copies, and what evaluate and sample asked of models. dry_run: change nothing. Raises CacheLocked
+    while a stage writes to one of the journals.
     """
     needed = set[bytes]()
     for folder in pairs:

@@ -1,6 +1,6 @@
 """True reward and KL(policy || reference) of answers drawn from every policy of a class, in one process.
 
-`evaluate` would start two engines a policy, which for small models costs far more than the work itself. What it
+`evaluate` starts vLLM, which for small models costs far more than the work itself. What it
 measures is the same: answers at temperature 1 over the whole vocabulary to held-out prompts, and `true_reward` of their
 text. KL is divergence.py's. Policies of one seed draw with the same random numbers, so that their differences
 are less noisy than their means: torch.multinomial takes whichever token's exponential clock, divided by its

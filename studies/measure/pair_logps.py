@@ -1,6 +1,6 @@
 """Every policy of a study on every pair, in one process: summed log-probs by the trainer's own forward.
 
-`evaluate` would start two engines a policy, which for small models costs far more than the work itself.
+`evaluate` starts vLLM, which for small models costs far more than the work itself.
 """
 
 from pathlib import Path
