@@ -10,7 +10,7 @@ from pipeline.evaluation.cells import Evaluated
 from stages.__main__ import main
 from tests import ROOT
 
-PATHS = "--pairs p --model m --reference r --params".split()
+PATHS = ["--pairs", "p", "--model", "m", "--reference", "r", "--params"]
 MEASURED = {"pairs": 4, "rewards/accuracies": 0.5, "rewards/margins": 0.1, "dcr": 0.2, "kl": None}
 
 
@@ -69,8 +69,8 @@ def test_one_cell_is_asked_for_by_name(run, tmp_path):
     ("words", "said"),
     [
         (["--variant", "dpo", "--seed", "0"], "--policy, --metrics absent"),
-        (["--policies", "models"], "all cells need --policies, --out"),
-        ([], "all cells need --policies, --out"),
+        (["--policies", "models"], "all cells need --policies and --out"),
+        ([], "all cells need --policies and --out"),
     ],
 )
 def test_half_a_request_says_what_is_absent(run, words, said):
