@@ -71,8 +71,8 @@ def exit_code(error: Exception) -> int | None:
 def main() -> None:
     """Score the reference once, train many policies against it.
 
-    Phase 1 is prepare, suites, sft, score and sketch; phase 2 is train, evaluate and report. `dvc repro` runs them all; each
-    also runs alone. Hyper-parameters come from params.yaml.
+    Phase 1 is prepare, suites, sft, score and sketch; phase 2 is train, evaluate and report. `dvc repro` runs them
+    all; each also runs alone. Hyper-parameters come from params.yaml.
 
     \b
     Example:

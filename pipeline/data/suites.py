@@ -21,6 +21,7 @@ from pipeline.data.tables import TableWriter, read_pairs
 from pipeline.errors import RequestError
 from pipeline.files import write_json
 from pipeline.params import ModelParams, PrepareParams, SuiteParams
+from pipeline.params.suites import TIES_ID
 
 INDEX = "index.json"
 _BATCH = 10_000
@@ -63,6 +64,8 @@ def prepare_suites(
             model = ModelParams(name=str(tokenizer), trust_remote_code=trust_remote_code)
             try:
                 done[name] = _prepare_suite(suite.prepare_params(prepare, folder), model, staged / name)
+                if suite.ties:
+                    _need_ties(staged / name, name)
             except RequestError as error:
                 reason = suite.in_these_words(str(error), name)
                 raise RequestError(f"Suite {name}: {reason}\n{out} is as it was.") from None
@@ -72,8 +75,15 @@ def prepare_suites(
 
 def _prepare_suite(params: PrepareParams, model: ModelParams, to: Path) -> dict[str, Any]:
     unused = to / ".unused"  # what a suite has none of: sft rows, and a tokenizer of its own
-    paths = {"sft": unused / "sft.parquet", "tokenizer": unused / "tokenizer"}
-    summary = prepare_data(params, model, pairs=to, summary=to / "summary.json", a_suite=True, **paths)
+    summary = prepare_data(
+        params,
+        model,
+        sft=unused / "sft.parquet",
+        tokenizer=unused / "tokenizer",
+        pairs=to,
+        summary=to / "summary.json",
+        a_suite=True,
+    )
     if labelled := summary["feedback"]["train"]:
         raise RequestError(
             f"{labelled:,} rows are single responses with a label (form unpaired), expected pairs. Nothing compares "
@@ -82,6 +92,16 @@ def _prepare_suite(params: PrepareParams, model: ModelParams, to: Path) -> dict[
     shutil.rmtree(unused)
     _write_rows(Inputs(params, chat=True), to)
     return summary
+
+
+def _need_ties(folder: Path, name: str) -> None:
+    ids = [found for found in read_suite_rows(folder)["id"].drop_nulls() if TIES_ID.fullmatch(found)]
+    kinds = {found.partition(":")[0] for found in ids}
+    if len(kinds) < 2:
+        raise RequestError(
+            f"evaluate.suites.{name}.ties is true, but its rows have {len(ids)} ids of the form ref:N and tied:N in "
+            "their column id, expected some of either (as the subset Ties of RewardBench 2 has them). Set ties: false."
+        )
 
 
 def _write_rows(inputs: Inputs, to: Path) -> None:

@@ -9,6 +9,9 @@ from pipeline.params.data import FilesParams, HubParams, PrepareParams
 from pipeline.params.forms import ColumnNames, FormName, PreferredParams, RankedParams
 from pipeline.params.ranges import Positive, Section
 
+# Ids of the subset Ties of RewardBench 2 (arXiv 2506.01937): a question with one right answer, or asked so that several
+# are equally right; and its number.
+TIES_ID = re.compile(r"(ref|tied):(.+)")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from cache import Journal, ReferenceIdentity, open_reference
+from cache import Journal, ReferenceIdentity, RowSource, open_reference
 from cache.identity import record_identity
 from pipeline.data.tables import read_pairs, read_responses
 from pipeline.engine.process import orderly_termination
@@ -73,9 +73,9 @@ def score_responses(
     what `train` computes in, for the drift; drift_tolerance: see `drift.ensure_drift`. sketch: with source "engine",
     the training responses among these rows are sketched by the same pass, and journalled for the `sketch` stage.
     suites: prepared ones, whose responses are scored in the same run and published to `suites_out`. Where rows can't be
-    scored, all others are scored and journalled, what is published stays as it was, and then RequestError (rows that the
-    model can't take) or RunFailed (rows that end engines) names them. RunFailed also where engines can't be kept alive,
-    CacheLocked while another process scores or sketches.
+    scored, all others are scored and journalled, what is published stays as it was, and then RequestError (rows that
+    the model can't take) or RunFailed (rows that end engines) names them. RunFailed also where engines can't be kept
+    alive, CacheLocked while another process scores or sketches.
     """
     responses = read_responses(pairs)
     if responses.is_empty():
@@ -110,7 +110,7 @@ def score_responses(
         outs = [out, *beside_pairs.outs]
         refuse(work.bad, work.quarantined, folders=folders, out=outs, total=len(rows), model=model)
         published_from = time.perf_counter()
-        sources = [rescored, journal, *stored]
+        sources: list[RowSource] = [rescored, journal, *stored]
         publish_needed(out, needed, sources, identity)
         beside_pairs.publish(sources, identity)
         measured_from = time.perf_counter()
