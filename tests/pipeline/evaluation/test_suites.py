@@ -236,6 +236,12 @@ def test_ties_score_takes_the_smaller_margin_of_both_questions():
     assert found == pytest.approx(0.3 + 0.3 + 0.2 + 0 + 0.01 * math.tanh(-0.5))
 
 
+def test_ties_score_of_right_answers_that_lie_further_apart_than_from_the_wrong_ones():
+    # tied: margin 1, spread 3: won, but by less than chance among equals.
+    found = score_of(question("ref:0", [6], [1]), question("tied:0", [5, 2], [1]))
+    assert found == pytest.approx(0.3 + 0.3 + 0 + 0 + 0.01 * math.tanh(1 / 3 - 1))
+
+
 def test_ties_score_of_wrong_and_of_equal_answers():
     # prompt 0: ref won; tied lost by 1 with spread 3. prompt 1: ref a draw, which is lost; tied won by 2, no spread.
     found = score_of(
