@@ -9,6 +9,7 @@ import click
 # name -> line in the group's help; each lives in stages/<name>.py as `command`, imported only when it runs.
 COMMANDS = {
     "prepare": "Read preference data; tokenise, split and key it.",
+    "suites": "Tokenise and key the pair sets that policies are judged by.",
     "sft": "Fine-tune (or take as it is) the reference model.",
     "sample": "Make pairs of the reference's own answers.",
     "score": "Score every response under the reference with vLLM.",
@@ -71,8 +72,8 @@ def exit_code(error: Exception) -> int | None:
 def main() -> None:
     """Score the reference once, train many policies against it.
 
-    Phase 1 is prepare, sft, score and sketch; phase 2 is train, evaluate and report. `dvc repro` runs them all; each
-    also runs alone. Hyper-parameters come from params.yaml.
+    Phase 1 is prepare, suites, sft, score and sketch; phase 2 is train, evaluate and report. `dvc repro` runs them
+    all; each also runs alone. Hyper-parameters come from params.yaml.
 
     \b
     Example:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 @path_option("--pairs", "Folder of pairs and responses from prepare; its test split is used.")
 @path_option("--model", "Reference model from sft.")
 @path_option("--reference", "Reference cache from score.")
+@click.option("--suites", type=click.Path(path_type=Path), help="Prepared suites; with --suites-reference.")
+@click.option("--suites-reference", type=click.Path(path_type=Path), help="Their reference cache from score.")
 @click.option("--policies", type=click.Path(path_type=Path), help="Folder of VARIANT-SEED/ policies; with --out.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for VARIANT-SEED.json of every cell of the sweep.")
 @click.option("--answers", type=click.Path(path_type=Path), help="Folder for the answers that were read, as Parquet.")
@@ -29,6 +31,8 @@ def command(
     pairs: Path,
     model: Path,
     reference: Path,
+    suites: Path | None,
+    suites_reference: Path | None,
     policies: Path | None,
     out: Path | None,
     answers: Path | None,
@@ -37,19 +41,22 @@ def command(
     policy: Path | None,
     metrics: Path | None,
 ) -> None:
-    """Compare policies with the reference on held-out pairs and on answers drawn from each policy.
+    """Compare policies with the reference on held-out pairs, on answers drawn from each policy, and on suites.
 
     Every cell of sweep.variants and sweep.seeds in one engine; what was measured before is not measured again.
 
     \b
     Examples:
       refcache evaluate --pairs data/prepared/pairs --model models/reference --reference data/reference/logps \\
-        --policies models/policies --out results/evaluate --answers results/answers
+        --policies models/policies --out results/evaluate --answers results/answers \\
+        --suites data/prepared/suites --suites-reference data/reference/suites
       refcache evaluate --variant dpo --seed 0 --pairs data/prepared/pairs --model models/reference \\
         --policy models/policies/dpo-0 --reference data/reference/logps --metrics dpo-0.json
     """
     from pipeline.evaluation.cells import evaluate_cells
 
+    if (suites is None) != (suites_reference is None):
+        raise click.UsageError("--suites (prepared suites) and --suites-reference (their log-probs) go together")
     one = _one_cell(params, answers, variant=variant, seed=seed, policy=policy, metrics=metrics)
     cells = [one] if one else _all_cells(params, policies, out, answers)
     done = evaluate_cells(
@@ -59,6 +66,8 @@ def command(
         reference=reference,
         params=params.evaluate,
         engine=params.score,
+        suites=suites,
+        suites_reference=suites_reference,
         trust_remote_code=params.model.trust_remote_code,
     )
     for summary in done.cells.values():

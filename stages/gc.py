@@ -17,6 +17,7 @@ from stages.tables import show_bytes
     help="Prepared pairs whose rows stay; repeatable, for data of other branches.",
 )
 @default_path_option("--reference", "data/reference/logps", "The published reference cache; only read.")
+@default_path_option("--suites", "data/prepared/suites", "Prepared suites, where there are any: their rows stay too.")
 @default_path_option("--sketches", "data/reference/sketches", "The published sketches; only read.")
 @click.option("--other-references", is_flag=True, help="Also drop the journals of every other reference.")
 @click.option("--damaged", is_flag=True, help="Also drop what `verify --repair` moved aside.")
@@ -26,6 +27,7 @@ from stages.tables import show_bytes
 def command(
     pairs: tuple[Path, ...],
     reference: Path,
+    suites: Path,
     sketches: Path,
     other_references: bool,
     damaged: bool,
@@ -44,10 +46,13 @@ def command(
       refcache gc --pairs data/prepared/pairs --dry-run
       refcache gc --pairs data/prepared/pairs --pairs ../other-branch/data/prepared/pairs
     """
+    from pipeline.data.suites import INDEX, suite_folders
     from pipeline.upkeep.garbage import collect_garbage
 
+    of_suites = suite_folders(suites).values() if (suites / INDEX).is_file() else ()
+
     done = collect_garbage(
-        pairs=pairs,
+        pairs=[*pairs, *of_suites],
         reference=reference,
         sketches=sketches,
         other_references=other_references,

@@ -16,20 +16,28 @@ if TYPE_CHECKING:
 @path_option("--model", "The reference: a transformers folder (from sft).")
 @path_option("--out", "Reference cache to write.")
 @path_option("--metrics", "JSON file for rows, tokens/s and drift.")
+@click.option("--suites", type=click.Path(path_type=Path), help="Prepared suites (from suites); with --suites-out.")
+@click.option("--suites-out", type=click.Path(path_type=Path), help="Reference cache to write for these.")
 @params_options
-def command(params: "Params", pairs: Path, model: Path, out: Path, metrics: Path) -> None:
+def command(
+    params: "Params", pairs: Path, model: Path, out: Path, metrics: Path, suites: Path | None, suites_out: Path | None
+) -> None:
     """Score every response under the reference model with vLLM.
 
     Only responses that were not scored before are scored; a killed run goes on where it was. Responses that can't be
     scored are named with their line of the input, all others are scored, and nothing is published. The log-probs are
     written as Parquet with the reference's identity, and a sample is compared with the trainer's own forward (drift).
-    With sketch.source engine, the same pass sketches the output head's gradient for the sketch stage.
+    With sketch.source engine, the same pass sketches the output head's gradient for the sketch stage. Responses of
+    suites are scored in the same run and published apart, so that a new suite changes nothing that policies train with.
 
     \b
     Example:
       refcache score --pairs data/prepared/pairs --model models/reference \\
-        --out data/reference/logps --metrics results/score/metrics.json
+        --out data/reference/logps --metrics results/score/metrics.json \\
+        --suites data/prepared/suites --suites-out data/reference/suites
     """
+    if (suites is None) != (suites_out is None):
+        raise click.UsageError("--suites (prepared suites) and --suites-out (their reference cache) go together")
     from pipeline.reference.scoring import score_responses
 
     summary = score_responses(
@@ -42,6 +50,8 @@ def command(params: "Params", pairs: Path, model: Path, out: Path, metrics: Path
         drift_tolerance=params.train.drift_tolerance,
         trust_remote_code=params.model.trust_remote_code,
         sketch=params.sketch,
+        suites=suites,
+        suites_out=suites_out,
     )
     click.echo(_line(summary))
 

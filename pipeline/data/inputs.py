@@ -61,6 +61,14 @@ class Inputs:
         for row, split in islice(rows, first, last):
             yield [(part, split) for part in self._parts(row, self.forms)]
 
+    def ids(self) -> Iterator[tuple[str, str | None]]:
+        """Where each readable row stands, and its own column `id` as text; None where it has none, or a nested one."""
+        for source in [*self._pairs, *self._test]:
+            for row in source.rows():
+                if isinstance(row, Row):
+                    value = row.values.get("id")
+                    yield row.where, None if value is None or isinstance(value, list | dict) else str(value)
+
     def supervised(self) -> Iterator[SupervisedExample | BadRow]:
         """The sft rows in input order; of pairs, their distinct chosen responses (bad rows are told with the pairs)."""
         source = self._params.sft.source

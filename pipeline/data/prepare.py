@@ -55,8 +55,12 @@ def prepare_data(
     pairs: Path,
     summary: Path,
     on_bad_row: str | None = None,
+    a_suite: bool = False,
 ) -> dict[str, Any]:
-    """Write the four outputs and return the summary. on_bad_row: "fail" or "skip", instead of params.on_bad_row.
+    """Write the four outputs and return the summary.
+
+    on_bad_row: "fail" or "skip", instead of params.on_bad_row. a_suite: nothing trains on these pairs, so that a test
+    side is not missed.
 
     Raises RequestError for wrong input, with nothing written and earlier outputs untouched. Memory does not grow with
     the rows, but by some 150 bytes a pair.
@@ -64,10 +68,13 @@ def prepare_data(
     _refuse_foreign_folder(tokenizer)
     table, responses, feedback = (pairs / f"{name}.parquet" for name in ("pairs", "responses", "feedback"))
     with (
-        _staged(_Outputs(sft, tokenizer, table, responses, feedback, summary)) as staged,
+        staged_outputs(_Outputs(sft, tokenizer, table, responses, feedback, summary)) as staged,
         _spool_folder(summary) as spool,
     ):
-        return _prepare(params, model, on_bad_row or params.on_bad_row, _Outputs(*staged), spool)
+        done = _prepare(params, model, on_bad_row or params.on_bad_row, _Outputs(*staged), spool)
+        if not a_suite and done["pairs"]["test"] == done["feedback"]["test"] == 0:
+            print(f"Warning: no test pair (prepare.test_share is {params.test_share}).", file=sys.stderr)
+        return done
 
 
 def _prepare(
@@ -231,8 +238,6 @@ def _need_rows(params: PrepareParams, counts: dict[str, Any], supervised: dict[s
     if params.sft.source != "none" and supervised["sft_rows"] == 0:
         share = f"; prepare.sft.pairs_share ({params.sft.pairs_share}) selects prompts" * (params.sft.source == "pairs")
         raise RequestError(f"no usable sft row is left{share}; see prepare.sft and prepare.max_prompt_tokens.")
-    if counts["pairs"]["test"] == counts["feedback"]["test"] == 0:
-        print(f"Warning: no test pair (prepare.test_share is {params.test_share}).", file=sys.stderr)
 
 
 @contextmanager
@@ -256,7 +261,7 @@ def _refuse_foreign_folder(tokenizer: Path) -> None:
 
 
 @contextmanager
-def _staged(outputs: Sequence[Path]) -> Iterator[list[Path]]:
+def staged_outputs(outputs: Sequence[Path]) -> Iterator[list[Path]]:
     """Paths beside `outputs` to write to; when the block ends well each takes its output's place, else they vanish.
 
     An output that was not written is removed.

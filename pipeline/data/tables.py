@@ -5,6 +5,7 @@ PREPARED/tokenizer/             a transformers tokenizer folder
 PREPARED/pairs/pairs.parquet    one row per preference pair
 PREPARED/pairs/responses.parquet  one row per distinct response under its prompt
 PREPARED/pairs/feedback.parquet  one row per response that is desirable or not, where there is such feedback
+PREPARED/suites/NAME/           pairs.parquet and responses.parquet of a suite, and rows.parquet (data/suites.py)
 """
 
 from collections.abc import Iterator, Sequence

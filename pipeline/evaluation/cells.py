@@ -21,6 +21,7 @@ from pipeline.errors import RequestError, RunFailed
 from pipeline.evaluation.answers_table import answers_table, true_rewards
 from pipeline.evaluation.metrics import PairValues, category_metrics, mean_over_prompts, pair_metrics, reference_metrics
 from pipeline.evaluation.sampling import choose_prompts, stop_token_ids
+from pipeline.evaluation.suite_rows import Suites
 from pipeline.files import write_json
 from pipeline.model.limits import ModelLimits, check_rows, model_limits
 from pipeline.params import EvaluateParams, ScoreParams
@@ -63,11 +64,14 @@ def evaluate_cells(
     reference: Path,
     params: EvaluateParams,
     engine: ScoreParams,
+    suites: Path | None = None,
+    suites_reference: Path | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluated:
     """Write each cell's metrics (and answers) and return them.
 
-    engine: the score section, so that policies and reference are computed alike. Raises RequestError before any engine
+    engine: the score section, so that policies and reference are computed alike. suites: prepared ones, with the
+    reference's log-probs of them in suites_reference; None for both: no suites. Raises RequestError before any engine
     starts for an empty test split or rows that the model can't take, CacheMismatch or CacheIncomplete if `reference`
     isn't the scored reference_model. A cell that fails does not take the others with it: RunFailed (RequestError where
     it was the only one) names those that failed when all others are written.
@@ -75,13 +79,19 @@ def evaluate_cells(
     with activity(f"digesting {reference_model}"):
         identity = reference_identity(reference_model, dtype=engine.dtype, quantization=engine.quantization)
     held_out = _held_out(pairs, open_reference(reference, expect=identity))
+    judged = Suites.none()
+    if suites is not None and suites_reference is not None:
+        judged = Suites.read(suites, params.suites, open_reference(suites_reference, expect=identity))
+        check_rows(
+            judged.responses, model_limits(reference_model, trust_remote_code=trust_remote_code), reference_model
+        )
     base = Policy("reference", reference_model, identity)
     failed: dict[str, Exception] = {}
     policies: dict[str, Policy] = {}
     for cell in cells:
         with _Failing(cell.name, failed), activity(f"digesting {cell.policy}"):
             policies[cell.name] = open_policy(cell.name, cell.policy, identity)
-    run = _Run(held_out, base, params, engine, trust_remote_code)
+    run = _Run(held_out, judged, base, params, engine, trust_remote_code)
     distinct = {policy.identity: policy for policy in policies.values()} | {identity: base}
     with (
         orderly_termination(),
@@ -171,10 +181,16 @@ class _Run:
     """What is asked of every model of one run, and what its answers come to."""
 
     def __init__(
-        self, held_out: _HeldOut, base: Policy, params: EvaluateParams, engine: ScoreParams, trust_remote_code: bool
+        self,
+        held_out: _HeldOut,
+        suites: Suites,
+        base: Policy,
+        params: EvaluateParams,
+        engine: ScoreParams,
+        trust_remote_code: bool,
     ) -> None:
         self._held_out, self._base, self._params, self._engine = held_out, base, params, engine
-        self._trust_remote_code = trust_remote_code
+        self._trust_remote_code, self._suites = trust_remote_code, suites
         self._prompts = choose_prompts(held_out.responses, params.prompts)
         stop = stop_token_ids(base.folder, held_out.responses, trust_remote_code=trust_remote_code)
         self._sampling = Sampling(params.samples_per_prompt, params.max_new_tokens, stop_token_ids=tuple(stop))
@@ -203,8 +219,10 @@ class _Run:
         limits = model_limits(
             self._base.folder if policy.is_adapter else policy.folder, trust_remote_code=self._trust_remote_code
         )
-        check_rows(self._held_out.responses, limits, policy.folder)
+        for rows in (self._held_out.responses, self._suites.responses):
+            check_rows(rows, limits, policy.folder)
         self._score(policy, self._held_out.responses, "test responses")
+        self._score(policy, self._suites.responses, "responses of suites")
         if len(self._prompts):
             drawn = self._drawn[policy] = self._draw(policy)
             self._score(
@@ -225,7 +243,8 @@ class _Run:
 
     def _length(self) -> EngineLength:
         limits = model_limits(self._base.folder, trust_remote_code=self._trust_remote_code)
-        longest = max(longest_row(self._held_out.responses), self._longest_sample(limits))
+        scored = (self._held_out.responses, self._suites.responses)
+        longest = max(*map(longest_row, scored), self._longest_sample(limits))
         return engine_length(longest, limits, self._engine, what="test responses and answers, with their prompts,")
 
     def _longest_sample(self, limits: ModelLimits) -> int:
@@ -258,6 +277,8 @@ class _Run:
         categories = category_metrics(values, test["category"].to_list(), beta=beta)
         if categories:
             content["categories"] = categories
+        if suites := self._suites.metrics(self._books[policy].sums(), beta=beta):
+            content["suites"] = suites
         if cell.answers is not None and self._drawn:
             self._write_answers(policy, cell.answers)
         write_json(cell.metrics, content)

@@ -6,6 +6,7 @@ from pipeline.params.forms import ColumnNames, FormName, PreferredParams, Ranked
 from pipeline.params.objectives import AnyVariant, AuxDPO
 from pipeline.params.sampling import PairRule, SampleParams, ScorerName
 from pipeline.params.scoring import EvaluateParams, ScoreParams, SketchParams
+from pipeline.params.suites import SuiteParams
 from pipeline.params.training import (
     LastFraction,
     LoopParams,
@@ -41,6 +42,7 @@ __all__ = [
     "ScratchModel",
     "SftParams",
     "SketchParams",
+    "SuiteParams",
     "TrainParams",
     "Trainable",
     "load_params",

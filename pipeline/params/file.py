@@ -17,6 +17,7 @@ from pipeline.params.data import ModelParams, PrepareParams
 from pipeline.params.ranges import NonNegative, Section
 from pipeline.params.sampling import SampleParams
 from pipeline.params.scoring import EvaluateParams, ScoreParams, SketchParams
+from pipeline.params.suites import check_suites
 from pipeline.params.training import SftParams, Trainable, TrainParams, variant_loop
 
 # ruamel reads YAML 1.2, as DVC does; PyYAML would take 1e-6 for a string.
@@ -70,6 +71,7 @@ class Params(Section):
             raise ValueError("prepare.sft.source: none leaves nothing to train on; set sft.epochs: 0")
         if self.model.scratch is not None and self.sft.epochs == 0:
             raise ValueError("model.scratch has random weights; set sft.epochs above 0 or give model.name")
+        check_suites(self.evaluate.suites, self.prepare, self.evaluate.suites_input)
         return self
 
 

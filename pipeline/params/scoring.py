@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.params.ranges import Dtype, NonNegative, Positive, Section, Share
+from pipeline.params.suites import SuiteParams
 
 
 class ScoreParams(Section):
@@ -61,3 +62,5 @@ class EvaluateParams(Section):
     samples_per_prompt: Positive = 4
     max_new_tokens: Positive = 64
     seed: NonNegative = 0
+    suites: dict[str, SuiteParams] = Field(default_factory=dict)  # further pairs, by name
+    suites_input: str = "data/input"  # folder of their files; DVC watches it

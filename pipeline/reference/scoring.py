@@ -4,12 +4,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from cache import Journal, ReferenceIdentity, open_reference
+from cache import Journal, ReferenceIdentity, RowSource, open_reference
 from cache.identity import record_identity
 from pipeline.data.tables import read_pairs, read_responses
 from pipeline.engine.process import orderly_termination
@@ -24,8 +25,11 @@ from pipeline.reference import drift
 from pipeline.reference.head_sketching import HeadSketches, head_journal, head_sketches
 from pipeline.reference.identity import reference_identity
 from pipeline.reference.publication import adopt, publish_needed, recorded_rows, sound_reference
-from pipeline.reference.unscorable import announce, refuse
+from pipeline.reference.suites import SuiteResponses
+from pipeline.reference.unscorable import Folders, announce, refuse
 from pipeline.workspace import journal_folder, rescored_folder
+
+_OF_SUITES = "of_suites"  # a column: whether only suites have the row
 
 
 @dataclass
@@ -60,23 +64,30 @@ def score_responses(
     drift_tolerance: float | None = None,
     trust_remote_code: bool = False,
     sketch: SketchParams | None = None,
+    suites: Path | None = None,
+    suites_out: Path | None = None,
 ) -> dict[str, Any]:
     """Make `out` hold the log-probs of exactly the responses in `pairs` under `model`; returns the metrics' content.
 
     Only rows that neither `out` nor the journals hold are scored; without any, no engine is started. trainer_dtype:
     what `train` computes in, for the drift; drift_tolerance: see `drift.ensure_drift`. sketch: with source "engine",
-    the training responses among these rows are sketched by the same pass, and journalled for the `sketch` stage. Where
-    rows can't be scored, all others are scored and journalled, `out` stays as it was, and then RequestError (rows that
+    the training responses among these rows are sketched by the same pass, and journalled for the `sketch` stage.
+    suites: prepared ones, whose responses are scored in the same run and published to `suites_out`. Where rows can't be
+    scored, all others are scored and journalled, what is published stays as it was, and then RequestError (rows that
     the model can't take) or RunFailed (rows that end engines) names them. RunFailed also where engines can't be kept
     alive, CacheLocked while another process scores or sketches.
     """
     responses = read_responses(pairs)
     if responses.is_empty():
         raise RequestError(f"{pairs} has no responses to score. Run `dvc repro prepare` on data with pairs.")
+    beside_pairs = SuiteResponses(suites, suites_out)
+    folders = {"": pairs, **beside_pairs.folders}
     with activity(f"digesting {model}"):
         identity = reference_identity(model, dtype=params.dtype, quantization=params.quantization)
     rows = scoring_order(responses.select(*ROW_COLUMNS, (pl.col("split") == "train").alias(SKETCHED)))
     needed = set(rows["response_key"])
+    rows = beside_pairs.after(rows, _OF_SUITES)
+    everything = needed | beside_pairs.keys
     with (
         orderly_termination(),
         Journal(journal_folder() / identity.reference_id) as journal,
@@ -85,18 +96,23 @@ def score_responses(
         record_identity(journal.path.parent, identity)
         recorded = recorded_rows(out, identity.reference_id) & needed - rescored.keys()
         journalled = journal.keys() | rescored.keys()
-        published = sound_reference(out, identity) if recorded or needed - journalled else None
+        published = sound_reference(out, identity) if recorded or everything - journalled else None
         if published and recorded:
             adopt(recorded, rescored, published)
         known = journalled | (published.keys() if published else set())
+        stored = [*([published] if published else []), *beside_pairs.published(identity, everything - known)]
+        known = known.union(*(earlier.keys() for earlier in stored))
         missing = rows.filter(~pl.col("response_key").is_in(known)) if known else rows
         work = _Work()
         if len(missing):
             with _sketches_beside(model, identity, sketch, trust_remote_code) as beside:
-                work = _score_missing(missing, model, params, trust_remote_code, journal, pairs, beside)
-        refuse(work.bad, work.quarantined, pairs=pairs, out=out, total=len(responses), model=model)
+                work = _score_missing(missing, model, params, trust_remote_code, journal, folders, beside)
+        outs = [out, *beside_pairs.outs]
+        refuse(work.bad, work.quarantined, folders=folders, out=outs, total=len(rows), model=model)
         published_from = time.perf_counter()
-        publish_needed(out, needed, [rescored, journal, *([published] if published else [])], identity)
+        sources: list[RowSource] = [rescored, journal, *stored]
+        publish_needed(out, needed, sources, identity)
+        beside_pairs.publish(sources, identity)
         measured_from = time.perf_counter()
         measured = drift.ensure_drift(
             out,
@@ -113,7 +129,7 @@ def score_responses(
         ended = time.perf_counter()
     parts = {"engine_start": work.engine_start, "scoring": work.seconds}
     parts |= {"publication": measured_from - published_from, "drift": ended - measured_from}
-    return _write_metrics(metrics, responses, work, parts, identity, measured)
+    return _write_metrics(metrics, responses, len(rows), work, parts, identity, measured)
 
 
 _Beside = tuple[HeadSketches, Journal] | None
@@ -140,15 +156,15 @@ def _score_missing(
     params: ScoreParams,
     trust_remote_code: bool,
     journal: Journal,
-    pairs: Path,
+    folders: Folders,
     beside: _Beside,
 ) -> _Work:
-    """Score and journal what can be scored; the rest is in the answer."""
+    """Score and journal what can be scored, in the order given; the rest is in the answer."""
     began = time.perf_counter()
     with SupervisedEngine(model, params, trust_remote_code=trust_remote_code) as engine:
         limits = model_limits(model, trust_remote_code=trust_remote_code)
         if bad := bad_rows(missing, limits, model):
-            announce(bad, pairs)
+            announce(bad, folders)
             missing = missing.filter(~pl.col("response_key").is_in([row.key for row in bad]))
             if missing.is_empty():
                 return _Work(bad=bad)
@@ -157,7 +173,9 @@ def _score_missing(
         started = time.perf_counter()
         work.engine_start = started - began
         with progress_bar("score", work.rows, tokens=work.tokens) as advance:
-            for call in engine.score(calls(missing, params.rows_per_call), advance):
+            parts = missing.partition_by(_OF_SUITES, maintain_order=True)
+            planned = chain.from_iterable(calls(part, params.rows_per_call) for part in parts)
+            for call in engine.score(planned, advance):
                 if beside:  # first: a row whose log-probs are journalled is never asked of an engine again
                     sketches, sketch_journal = beside
                     work.sketched += sketches.append(call, sketch_journal)
@@ -171,16 +189,19 @@ def _score_missing(
 def _write_metrics(
     file: Path,
     responses: pl.DataFrame,
+    rows: int,
     work: _Work,
     parts: dict[str, float],
     identity: ReferenceIdentity,
     measured: dict[str, Any],
 ) -> dict[str, Any]:
+    """rows: distinct responses of pairs and suites; responses: those of the pairs."""
     per_second = 1 / work.seconds if work.seconds else 0.0
     content = {
         "responses": len(responses),
+        "responses_of_suites_alone": rows - len(responses),
         "rows_scored": work.rows,
-        "rows_reused": len(responses) - work.rows,
+        "rows_reused": rows - work.rows,
         "tokens_scored": work.tokens,
         "response_tokens": int(responses["response_ids"].list.len().sum()),
         "seconds": round(work.seconds, 3),

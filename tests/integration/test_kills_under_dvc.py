@@ -20,6 +20,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from cache import response_key
+from pipeline.data.suites import INDEX
+from pipeline.files import write_json
 from tests import ROOT, stand_in
 from tests.integration import kills
 from tests.integration.test_kills import many_rows
@@ -49,6 +51,7 @@ class DvcProject:
         (folder / "params.yaml").write_text(json.dumps(params))
         (folder / ".gitignore").write_text("/.refcache/\n/data/reference/\n")
         write_prepared(folder / "data/prepared/pairs", rows)
+        write_json(folder / "data/prepared/suites" / INDEX, [])
         write_model(folder / "models/reference")
         for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "start"]):
             identity = ["-c", "user.name=test", "-c", "user.email=test@example.com"]

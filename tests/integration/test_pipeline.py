@@ -90,10 +90,12 @@ def first_run(project) -> list[str]:
 
 
 def test_one_command_runs_every_stage_and_scores_shared_responses_once(project, first_run):
-    beside = ["sketch", "constraint@bdpo"]  # for which only train waits
+    beside = ["sketch", "constraint@bdpo", "suites"]  # for which not all wait
     order = [stage for stage in first_run if stage not in beside]
     assert order == ["prepare", "sft", "score", "train@bdpo-0", "evaluate", "report"]
-    assert [stage for stage in first_run if stage in [*beside, "train@bdpo-0"]] == [*beside, "train@bdpo-0"]
+    waited_for = ["sketch", "constraint@bdpo", "train@bdpo-0"]
+    assert [stage for stage in first_run if stage in waited_for] == waited_for
+    assert [stage for stage in first_run if stage in ("prepare", "suites", "score")] == ["prepare", "suites", "score"]
     assert json.loads((project / "data/reference/sketches/manifest.json").read_text())["identity"]["mode"] == "none"
     pairs = pl.read_parquet(project / "data/prepared/pairs/pairs.parquet")
     assert len(pairs) == 80 and set(pairs["split"]) == {"train", "test"}
@@ -122,6 +124,27 @@ def test_new_sketches_train_only_variants_that_read_them(project, first_run):
     dvc(project, "repro", "constraint")
 
 
+def test_a_new_suite_is_scored_and_judged_by_and_trains_nothing(project, first_run):
+    text = (project / "params.yaml").read_text()
+    params = json.loads(text)
+    params["evaluate"]["suites"] = {"sums": {"files": ["sums.jsonl"]}}
+    (project / "params.yaml").write_text(json.dumps(params))
+    (project / "data/input/sums.jsonl").write_text(pair(0, 3) + pair(200, 300) + pair(201, 300))
+    before = {path: path.read_bytes() for path in (project / "data/reference/logps").iterdir()}
+    asked = stand_in.environment({})
+    assert set(ran(dvc(project, "repro", "score", **asked))) == {"prepare", "suites", "score"}  # the folder has a file
+    assert score_metrics(project)["rows_scored"] == 4
+    assert {path: path.read_bytes() for path in (project / "data/reference/logps").iterdir()} == before
+    assert ran(dvc(project, "repro", "--dry")) == ["evaluate", "report"]
+    dvc(project, "repro")
+    judged = json.loads((project / "results/evaluate/bdpo-0.json").read_text())["suites"]["sums"]
+    assert judged["pairs"] == 3 and judged["domain"] == "out" and 0 <= judged["reward_accuracy"]["value"] <= 1
+    assert "sums" in (project / "report/index.html").read_text()
+    (project / "data/input/sums.jsonl").unlink()
+    (project / "params.yaml").write_text(text)
+    dvc(project, "repro")
+
+
 def test_changing_a_beta_trains_evaluates_and_reports_but_scores_nothing(project, first_run):
     before = score_metrics(project)
     params = json.loads((project / "params.yaml").read_text())
@@ -136,7 +159,7 @@ def test_five_per_cent_new_pairs_score_only_the_new_responses_and_leave_sft_alon
     reference = (project / "models/reference/model.safetensors").read_bytes()
     with (project / "data/input/pairs.jsonl").open("a") as file:
         file.write(pair(100, 203) + pair(100, 600) + pair(101, 205) + pair(0, 77))
-    assert ran(dvc(project, "repro", "score", **stand_in.environment({}))) == ["prepare", "score"]
+    assert ran(dvc(project, "repro", "score", **stand_in.environment({}))) == ["prepare", "suites", "score"]
     metrics = score_metrics(project)
     assert (metrics["rows_scored"], metrics["rows_reused"]) == (6, 120)
     assert (project / "models/reference/model.safetensors").read_bytes() == reference

@@ -64,6 +64,21 @@ def test_every_path_on_a_command_line_is_a_dependency_or_an_output(stages):
                 assert {value, *value.parents} & known, (stage.name, name, value)
 
 
+def test_suites_go_from_stage_to_stage_and_none_of_them_reaches_train(stages):
+    options = {stage.name: parsed(stage)[1] for stage in stages}
+    prepared, scored = options["suites"]["out"], options["score"]["suites_out"]
+    assert prepared and scored and scored != options["score"]["out"]
+    assert options["score"]["suites"] == prepared == options["evaluate"]["suites"]
+    assert options["evaluate"]["suites_reference"] == scored
+    by_name = {stage.name: {dep.def_path for dep in stage.deps} for stage in stages}
+    assert {str(prepared), str(scored)} <= by_name["evaluate"] and str(prepared) in by_name["score"]
+    for name in ("prepare", "sft", "sketch", "train@dpo-0"):
+        assert not {str(prepared), str(scored)} & by_name[name]
+    assert all(
+        out.persist for stage in stages if stage.name in ("suites", "score") for out in stage.outs if not out.metric
+    )
+
+
 def test_train_watches_every_setting_that_can_change_it(stages):
     """One by one, since depending on the whole section would re-run every variant when one changes."""
     cell = next(stage for stage in stages if stage.name == "train@dpo-0")

@@ -6,6 +6,8 @@ import polars as pl
 import pytest
 
 from cache import Journal, open_reference
+from pipeline.data.suites import INDEX
+from pipeline.files import write_json
 from tests.project import ScoredProject, write_project
 from tests.tiny import write_pairs
 
@@ -66,6 +68,15 @@ def test_rows_of_current_pairs_stay_bit_for_bit_and_others_go(project):
     assert result.output.count("dropped 9 rows") == 2
     assert rows(project.theirs).equals(before[project.theirs]) and tree(project.out) == published
     assert f"{project.home / 'views'}: kept, 4.9 KiB" in result.output
+
+
+def test_rows_of_suites_stay(project):
+    """Those that lie where the pipeline puts them, or where --suites says."""
+    suites = project.root / "suites"
+    shutil.copytree(project.pairs, suites / "one")
+    write_json(suites / INDEX, ["one"])
+    found = gc(project, "--suites", suites)
+    assert found.exit_code == 0 and found.output.count("kept 24 rows") == 3 and "dropped 0 rows" in found.output
 
 
 def test_rows_of_any_of_several_pairs_stay(project):
