@@ -106,7 +106,7 @@ def _remove_others(out: Path | None, answers: Path | None, cells: list["Cell"]) 
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.is_file() and path.suffix == ".json" and path.stem not in names:
                 path.unlink()
-            elif path.is_dir() and path.name not in names and (path / "samples.parquet").exists():
+            elif path.is_dir() and path.name not in names and any(path.glob("*.parquet")):
                 shutil.rmtree(path)
 
 

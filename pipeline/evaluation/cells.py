@@ -1,4 +1,4 @@
-"""Compare trained policies with the reference: on held-out pairs, and on answers that vLLM draws from each.
+"""Compare trained policies with the reference: on held-out pairs, on answers that vLLM draws, on benchmark tasks.
 
 All cells in one run share one engine, and what a model was asked once is never asked again (policies/answers.py). So a
 second run, or one with a single new policy, asks only what is new.
@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from cache import CacheError, Reference, open_reference
-from pipeline.data.tables import read_pairs, read_responses
+from cache import CacheError, open_reference
 from pipeline.engine.process import EngineProcess, orderly_termination
 from pipeline.engine.rows import EngineLength, Sampling, engine_length, longest_row, token_arrays
 from pipeline.errors import RequestError, RunFailed
 from pipeline.evaluation.answers_table import answers_table, true_rewards
+from pipeline.evaluation.held_out import HeldOut, read_held_out
 from pipeline.evaluation.metrics import PairValues, category_metrics, mean_over_prompts, pair_metrics, reference_metrics
 from pipeline.evaluation.sampling import choose_prompts, stop_token_ids
+from pipeline.evaluation.task_figures import TaskFigures
 from pipeline.files import write_json
+from pipeline.harness.tasks import Tasks
 from pipeline.model.limits import ModelLimits, check_rows, model_limits
 from pipeline.params import EvaluateParams, ScoreParams
 from pipeline.policies.answers import Answers, answer_rows
@@ -74,7 +76,7 @@ def evaluate_cells(
     """
     with activity(f"digesting {reference_model}"):
         identity = reference_identity(reference_model, dtype=engine.dtype, quantization=engine.quantization)
-    held_out = _held_out(pairs, open_reference(reference, expect=identity))
+    held_out = read_held_out(pairs, open_reference(reference, expect=identity))
     base = Policy("reference", reference_model, identity)
     failed: dict[str, Exception] = {}
     policies: dict[str, Policy] = {}
@@ -137,26 +139,6 @@ def _report(failed: dict[str, Exception], cells: Sequence[Cell]) -> None:
     )
 
 
-class _HeldOut(NamedTuple):
-    """The test split: pairs, their distinct responses, and the reference's summed log-probs of them."""
-
-    pairs: pl.DataFrame
-    responses: pl.DataFrame
-    cached: Reference
-
-
-def _held_out(pairs: Path, cached: Reference) -> _HeldOut:
-    test = read_pairs(pairs, "test")
-    if test.is_empty():
-        raise RequestError(
-            f"{pairs} has no test pairs, so there is nothing to evaluate on. Set prepare.test_share above 0, or name "
-            "prepare.files.test_pairs or prepare.hub.test_split (beside unpaired feedback: pairs), and run `dvc repro`."
-        )
-    responses = read_responses(pairs).filter(pl.col("split") == "test")
-    cached.rows(responses["response_key"], ["sum_logp"])  # incomplete? say so before minutes of sampling
-    return _HeldOut(test, responses, cached)
-
-
 class _Drawn(NamedTuple):
     """A model's answers to the sampled prompts: `n` consecutive rows (in the columns of responses) a prompt."""
 
@@ -171,7 +153,7 @@ class _Run:
     """What is asked of every model of one run, and what its answers come to."""
 
     def __init__(
-        self, held_out: _HeldOut, base: Policy, params: EvaluateParams, engine: ScoreParams, trust_remote_code: bool
+        self, held_out: HeldOut, base: Policy, params: EvaluateParams, engine: ScoreParams, trust_remote_code: bool
     ) -> None:
         self._held_out, self._base, self._params, self._engine = held_out, base, params, engine
         self._trust_remote_code = trust_remote_code
@@ -179,15 +161,19 @@ class _Run:
         stop = stop_token_ids(base.folder, held_out.responses, trust_remote_code=trust_remote_code)
         self._sampling = Sampling(params.samples_per_prompt, params.max_new_tokens, stop_token_ids=tuple(stop))
         self._drawn: dict[Policy, _Drawn] = {}
+        tasks = Tasks(params, base.folder, stop_token_ids=stop, trust_remote_code=trust_remote_code)
+        tasks.check()
+        self._tasks = TaskFigures(tasks, base)
 
     def begin(self, engines: PolicyEngines, books: dict[Policy, Answers]) -> None:
         self._engines, self._books = engines, books
-        engines.prepare(Needs(self._length()))
+        engines.prepare(Needs(self._length(), self._tasks.tokenizer))
 
     def ask_all(self, policies: Sequence[Policy], failed: dict[str, Exception]) -> int:
         """Everything that is asked of the policies, then of the reference; returns how many had something to answer."""
         if len(self._prompts):
             self._drawn[self._base] = self._draw(self._base)
+        self._measure_tasks(self._base)
         asked = 0
         for policy in policies:
             before = self._engines.starts + self._engines.exchanges + self._engines.adapted
@@ -210,6 +196,10 @@ class _Run:
             self._score(
                 policy, pl.concat([drawn.rows, self._drawn[self._base].rows]), "its and the reference's answers"
             )
+        self._measure_tasks(policy)
+
+    def _measure_tasks(self, who: Policy) -> None:
+        self._tasks.measure(who, self._books[who], self._asker(who))
 
     def _draw(self, who: Policy) -> _Drawn:
         prompts = token_arrays(self._prompts["prompt_ids"])
@@ -225,8 +215,10 @@ class _Run:
 
     def _length(self) -> EngineLength:
         limits = model_limits(self._base.folder, trust_remote_code=self._trust_remote_code)
-        longest = max(longest_row(self._held_out.responses), self._longest_sample(limits))
-        return engine_length(longest, limits, self._engine, what="test responses and answers, with their prompts,")
+        longest = max(longest_row(self._held_out.responses), self._longest_sample(limits), self._tasks.longest)
+        return engine_length(
+            longest, limits, self._engine, what="test responses, answers and tasks, with their prompts,"
+        )
 
     def _longest_sample(self, limits: ModelLimits) -> int:
         if self._prompts.is_empty():
@@ -255,12 +247,15 @@ class _Run:
             **pair_metrics(values, beta=beta),
             **self._sample_metrics(policy),
             "reference": reference_metrics(values),
+            **self._tasks.of(policy),
         }
         categories = category_metrics(values, test["category"].to_list(), beta=beta)
         if categories:
             content["categories"] = categories
-        if cell.answers is not None and self._drawn:
-            self._write_answers(policy, cell.answers)
+        if cell.answers is not None:
+            if self._drawn:
+                self._write_answers(policy, cell.answers)
+            self._tasks.write_answers(policy, cell.answers)
         write_json(cell.metrics, content)
         return content
 
