@@ -50,7 +50,10 @@ class Tasks:
         stop_token_ids: Sequence[int] = (),
         trust_remote_code: bool = False,
     ) -> None:
-        """stop_token_ids: that end an answer, beside the stop strings of its task."""
+        """stop_token_ids: that end an answer, beside the stop strings of its task.
+
+        The harness's `hf` knows those of the model alone, and goes on past any other end of turn.
+        """
         self._params, self._model = params, model
         self._stop_token_ids, self._trust_remote_code = stop_token_ids, trust_remote_code
 

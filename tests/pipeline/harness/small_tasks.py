@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.model.tokenizer import open_tokenizer, train_tokenizer
-from tests.tiny import write_model
+from tests.tiny import EOS, write_model
 
 CAPITALS = {
     "France": "Paris",
@@ -123,6 +123,9 @@ def write_chat_model(folder: Path, *, seed: int = 0, positions: int = 300) -> Pa
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).unlink()
     tokenizer.save_pretrained(folder)
+    # The tiny pairs' responses end with the second token, and answers with it or the tokenizer's own end.
+    ends = {"eos_token_id": [tokenizer.eos_token_id, EOS]}
+    (folder / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
     return folder
 
 

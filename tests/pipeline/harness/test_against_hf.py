@@ -37,7 +37,7 @@ def run(model, engine, tmp_path, monkeypatch):
     monkeypatch.setenv("REFCACHE_HOME", str(tmp_path / "home"))
 
     def call(tasks, **changes):
-        stop = [changes.pop("eos", open_eos(model))]
+        stop = json.loads((model / "generation_config.json").read_text())["eos_token_id"]
         made = Tasks(EvaluateParams(tasks=[str(tasks)], **changes), model, stop_token_ids=stop)
         made.check()
         used = []
@@ -47,10 +47,6 @@ def run(model, engine, tmp_path, monkeypatch):
         return found, len(used)
 
     return call
-
-
-def open_eos(model):
-    return json.loads((model / "config.json").read_text())["eos_token_id"]
 
 
 def same(ours, theirs):
