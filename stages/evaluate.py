@@ -8,7 +8,7 @@ import click
 from stages.options import params_options, path_option
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.cells import Cell
+    from pipeline.evaluation.questions import Cell
     from pipeline.params import Params
 
 
@@ -78,7 +78,7 @@ def command(
 
 
 def _one_cell(params: "Params", answers: Path | None, **given: Any) -> "Cell | None":
-    from pipeline.evaluation.cells import Cell
+    from pipeline.evaluation.questions import Cell
 
     if not any(value is not None for value in given.values()):
         return None
@@ -91,7 +91,7 @@ def _one_cell(params: "Params", answers: Path | None, **given: Any) -> "Cell | N
 
 
 def _all_cells(params: "Params", policies: Path | None, out: Path | None, answers: Path | None) -> list["Cell"]:
-    from pipeline.evaluation.cells import Cell
+    from pipeline.evaluation.questions import Cell
 
     if policies is None or out is None:
         raise click.UsageError(
@@ -115,7 +115,7 @@ def _remove_others(out: Path | None, answers: Path | None, cells: list["Cell"]) 
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.is_file() and path.suffix == ".json" and path.stem not in names:
                 path.unlink()
-            elif path.is_dir() and path.name not in names and (path / "samples.parquet").exists():
+            elif path.is_dir() and path.name not in names and any(path.glob("*.parquet")):
                 shutil.rmtree(path)
 
 

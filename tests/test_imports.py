@@ -32,7 +32,8 @@ ARROWS = {
     "training": "params objectives model trainable forward data auxdpo",
     "reference": "params model forward data sketches engine",
     "policies": "params model trainable engine",
-    "evaluation": "params model data engine policies reference.identity",
+    "harness": "params model engine policies",
+    "evaluation": "params model data engine policies harness reference.identity",
     "runs": "params model trainable forward data training auxdpo.requirements auxdpo.rank_share"
     " reference.identity reference.drift",
     "upkeep": "params model trainable forward data sketches auxdpo engine.rows reference",

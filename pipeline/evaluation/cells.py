@@ -1,50 +1,28 @@
-"""Compare trained policies with the reference: on held-out pairs, and on answers that vLLM draws from each.
+"""Compare trained policies with the reference: on held-out pairs, on answers that vLLM draws, on benchmark tasks.
 
 All cells in one run share one engine, and what a model was asked once is never asked again (policies/answers.py). So a
 second run, or one with a single new policy, asks only what is new.
 """
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import polars as pl
-
-from cache import CacheError, Reference, open_reference
-from pipeline.data.tables import read_pairs, read_responses
-from pipeline.engine.process import EngineProcess, orderly_termination
-from pipeline.engine.rows import EngineLength, Sampling, engine_length, longest_prompt, longest_row, token_arrays
-from pipeline.errors import RequestError, RunFailed
-from pipeline.evaluation.answers_table import answers_table, true_rewards
-from pipeline.evaluation.metrics import PairValues, category_metrics, mean_over_prompts, pair_metrics, reference_metrics
-from pipeline.evaluation.sampling import choose_prompts, stop_token_ids
+from cache import open_reference
+from pipeline.engine.process import orderly_termination
+from pipeline.errors import RunFailed
+from pipeline.evaluation.failing import Failing
+from pipeline.evaluation.held_out import read_held_out
+from pipeline.evaluation.questions import Cell, Run
 from pipeline.evaluation.suite_rows import Suites
-from pipeline.files import write_json
-from pipeline.model.limits import ModelLimits, check_rows, model_limits
+from pipeline.model.limits import check_rows, model_limits
 from pipeline.params import EvaluateParams, ScoreParams
-from pipeline.policies.answers import Answers, answer_rows
-from pipeline.policies.engines import Needs, PolicyEngines, in_order
+from pipeline.policies.answers import Answers
+from pipeline.policies.engines import PolicyEngines, in_order
 from pipeline.policies.identity import Policy, open_policy
 from pipeline.progress import activity
 from pipeline.reference.identity import reference_identity
-
-
-class Cell(NamedTuple):
-    """One trained policy. beta: implicit reward per nat. metrics: JSON to write; answers: folder for Parquet."""
-
-    variant: str
-    seed: int
-    beta: float
-    policy: Path
-    metrics: Path
-    answers: Path | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.variant}-{self.seed}"
 
 
 class Evaluated(NamedTuple):
@@ -78,7 +56,7 @@ def evaluate_cells(
     """
     with activity(f"digesting {reference_model}"):
         identity = reference_identity(reference_model, dtype=engine.dtype, quantization=engine.quantization)
-    held_out = _held_out(pairs, open_reference(reference, expect=identity))
+    held_out = read_held_out(pairs, open_reference(reference, expect=identity))
     judged = Suites.none()
     if suites is not None and suites_reference is not None:
         judged = Suites.read(suites, params.suites, open_reference(suites_reference, expect=identity))
@@ -89,9 +67,9 @@ def evaluate_cells(
     failed: dict[str, Exception] = {}
     policies: dict[str, Policy] = {}
     for cell in cells:
-        with _Failing(cell.name, failed), activity(f"digesting {cell.policy}"):
+        with Failing(cell.name, failed), activity(f"digesting {cell.policy}"):
             policies[cell.name] = open_policy(cell.name, cell.policy, identity)
-    run = _Run(held_out, judged, base, params, engine, trust_remote_code)
+    run = Run(held_out, judged, base, params, engine, trust_remote_code)
     distinct = {policy.identity: policy for policy in policies.values()} | {identity: base}
     with (
         orderly_termination(),
@@ -101,14 +79,18 @@ def evaluate_cells(
         ) as engines,
     ):
         run.begin(engines, {who: books.enter_context(_book(who, engine)) for who in distinct.values()})
-        wanted = {policy.identity for policy in policies.values()}  # may be the reference's own
-        asked = run.ask_all(in_order([distinct[who] for who in wanted]), failed)
+        wanted = dict.fromkeys(distinct[policy.identity] for policy in policies.values())  # may be the reference
+        asked = run.ask_all(in_order(list(wanted)), failed)
         found = {}
         for cell in cells:
-            with _Failing(cell.name, failed):
-                policy = policies.get(cell.name)
-                if policy is not None and distinct[policy.identity].name not in failed:
-                    found[cell.name] = run.write(cell, distinct[policy.identity])
+            if cell.name not in policies:
+                continue
+            policy = distinct[policies[cell.name].identity]  # several cells may have the very same weights
+            if policy.name in failed:
+                failed.setdefault(cell.name, failed[policy.name])
+                continue
+            with Failing(cell.name, failed):
+                found[cell.name] = run.write(cell, policy)
         starts = engines.starts
     _report(failed, cells)
     return Evaluated(found, starts, asked)
@@ -116,23 +98,6 @@ def evaluate_cells(
 
 def _book(policy: Policy, engine: ScoreParams) -> Answers:
     return Answers(policy.identity, policy.name, rows_per_call=engine.rows_per_call)
-
-
-class _Failing:
-    """A context that records what a cell failed of, and goes on."""
-
-    def __init__(self, name: str, failed: dict[str, Exception]) -> None:
-        self._name, self._failed = name, failed
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *at: object) -> bool:
-        if isinstance(error, RequestError | RunFailed | CacheError):
-            self._failed.setdefault(self._name, error)
-            print(f"{self._name} failed: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-            return True
-        return False
 
 
 def _report(failed: dict[str, Exception], cells: Sequence[Cell]) -> None:
@@ -145,190 +110,3 @@ def _report(failed: dict[str, Exception], cells: Sequence[Cell]) -> None:
         f"{len(failed)} of {len(cells)} cells could not be evaluated; the others are written, and what was measured is "
         f"kept. Run the same command again when this is mended:\n{reasons}"
     )
-
-
-class _HeldOut(NamedTuple):
-    """The test split: pairs, their distinct responses, and the reference's summed log-probs of them."""
-
-    pairs: pl.DataFrame
-    responses: pl.DataFrame
-    cached: Reference
-
-
-def _held_out(pairs: Path, cached: Reference) -> _HeldOut:
-    test = read_pairs(pairs, "test")
-    if test.is_empty():
-        raise RequestError(
-            f"{pairs} has no test pairs, so there is nothing to evaluate on. Set prepare.test_share above 0, or name "
-            "prepare.files.test_pairs or prepare.hub.test_split (beside unpaired feedback: pairs), and run `dvc repro`."
-        )
-    responses = read_responses(pairs).filter(pl.col("split") == "test")
-    cached.rows(responses["response_key"], ["sum_logp"])  # incomplete? say so before minutes of sampling
-    return _HeldOut(test, responses, cached)
-
-
-class _Drawn(NamedTuple):
-    """A model's answers to the sampled prompts: `n` consecutive rows (in the columns of responses) a prompt."""
-
-    rows: pl.DataFrame
-    n: int
-
-    def by_prompt(self, values: Sequence[float]) -> np.ndarray:
-        return np.asarray(values, dtype=np.float64).reshape(-1, self.n)
-
-
-class _Run:
-    """What is asked of every model of one run, and what its answers come to."""
-
-    def __init__(
-        self,
-        held_out: _HeldOut,
-        suites: Suites,
-        base: Policy,
-        params: EvaluateParams,
-        engine: ScoreParams,
-        trust_remote_code: bool,
-    ) -> None:
-        self._held_out, self._base, self._params, self._engine = held_out, base, params, engine
-        self._trust_remote_code, self._suites = trust_remote_code, suites
-        self._prompts = choose_prompts(held_out.responses, params.prompts)
-        stop = stop_token_ids(base.folder, held_out.responses, trust_remote_code=trust_remote_code)
-        self._sampling = Sampling(params.samples_per_prompt, params.max_new_tokens, stop_token_ids=tuple(stop))
-        self._drawn: dict[Policy, _Drawn] = {}
-
-    def begin(self, engines: PolicyEngines, books: dict[Policy, Answers]) -> None:
-        self._engines, self._books = engines, books
-        engines.prepare(Needs(self._length()))
-
-    def ask_all(self, policies: Sequence[Policy], failed: dict[str, Exception]) -> int:
-        """Everything that is asked of the policies, then of the reference; returns how many had something to answer."""
-        if len(self._prompts):
-            self._drawn[self._base] = self._draw(self._base)
-        asked = 0
-        for policy in policies:
-            before = self._engines.starts + self._engines.exchanges + self._engines.adapted
-            with _Failing(policy.name, failed):
-                self._ask(policy)
-            asked += before != self._engines.starts + self._engines.exchanges + self._engines.adapted
-        if self._drawn:
-            answers = pl.concat([drawn.rows for drawn in self._drawn.values()])
-            self._score(self._base, answers, "answers of all")
-        return asked
-
-    def _ask(self, policy: Policy) -> None:
-        limits = model_limits(
-            self._base.folder if policy.is_adapter else policy.folder, trust_remote_code=self._trust_remote_code
-        )
-        for rows in (self._held_out.responses, self._suites.responses):
-            check_rows(rows, limits, policy.folder)
-        self._score(policy, self._held_out.responses, "test responses")
-        self._score(policy, self._suites.responses, "responses of suites")
-        if len(self._prompts):
-            drawn = self._drawn[policy] = self._draw(policy)
-            self._score(
-                policy, pl.concat([drawn.rows, self._drawn[self._base].rows]), "its and the reference's answers"
-            )
-
-    def _draw(self, who: Policy) -> _Drawn:
-        prompts = token_arrays(self._prompts["prompt_ids"])
-        seeds = self._sampling.seeds(self._params.seed, len(prompts))
-        answers = self._books[who].draw(prompts, self._sampling, seeds, self._asker(who), "answers")
-        return _Drawn(answer_rows(self._prompts, answers), self._sampling.n)
-
-    def _score(self, who: Policy, rows: pl.DataFrame, what: str) -> None:
-        self._books[who].score(rows, self._asker(who), what)
-
-    def _asker(self, who: Policy) -> Callable[[], EngineProcess]:
-        return lambda: self._engines.use(who)
-
-    def _length(self) -> EngineLength:
-        limits = model_limits(self._base.folder, trust_remote_code=self._trust_remote_code)
-        scored = (self._held_out.responses, self._suites.responses)
-        longest = max(*map(longest_row, scored), self._longest_sample(limits))
-        return engine_length(longest, limits, self._engine, what="test responses and answers, with their prompts,")
-
-    def _longest_sample(self, limits: ModelLimits) -> int:
-        if self._prompts.is_empty():
-            return 0
-        longest = longest_prompt(self._prompts) + self._params.max_new_tokens
-        if limits.positions is not None and longest > limits.positions:
-            raise RequestError(
-                f"evaluate.max_new_tokens is {self._params.max_new_tokens} and a prompt has "
-                f"{longest - self._params.max_new_tokens} tokens, "
-                f"but the model has {limits.positions} positions. "
-                f"Set it to {limits.positions - longest + self._params.max_new_tokens} or less."
-            )
-        return longest
-
-    # what it comes to -------------------------------------------------------------------------------------------------
-
-    def write(self, cell: Cell, policy: Policy) -> dict[str, Any]:
-        test, beta = self._held_out.pairs, cell.beta
-        values = self._pair_values(policy)
-        content = {
-            "variant": cell.variant,
-            "seed": cell.seed,
-            "split": "test",
-            "pairs": len(test),
-            **pair_metrics(values, beta=beta),
-            **self._sample_metrics(policy),
-            "reference": reference_metrics(values),
-        }
-        categories = category_metrics(values, test["category"].to_list(), beta=beta)
-        if categories:
-            content["categories"] = categories
-        if suites := self._suites.metrics(self._books[policy].sums(), beta=beta):
-            content["suites"] = suites
-        if cell.answers is not None and self._drawn:
-            self._write_answers(policy, cell.answers)
-        write_json(cell.metrics, content)
-        return content
-
-    def _pair_values(self, policy: Policy) -> PairValues:
-        test, responses = self._held_out.pairs, self._held_out.responses
-        sums = self._books[policy].sums()
-        tokens = dict(zip(responses["response_key"], responses["response_ids"].list.len(), strict=True))
-        chosen, rejected = test["chosen_key"], test["rejected_key"]
-        return PairValues(
-            chosen=np.array([sums[key] for key in chosen]),
-            rejected=np.array([sums[key] for key in rejected]),
-            ref_chosen=self._held_out.cached.sum_logps(chosen),
-            ref_rejected=self._held_out.cached.sum_logps(rejected),
-            chosen_tokens=np.array([tokens[key] for key in chosen], dtype=np.int64),
-        )
-
-    def _sample_metrics(self, policy: Policy) -> dict[str, Any]:
-        """kl: mean of log pi_theta - log pi_ref over the policy's answers, nats; clustered by prompt."""
-        if not self._drawn:
-            return {"kl": None, "kl_standard_error": None, "samples": 0}
-        drawn, own, theirs = self._drawn[policy], self._books[policy].sums(), self._books[self._base].sums()
-        kl = drawn.by_prompt([own[key] - theirs[key] for key in drawn.rows["response_key"]])
-        mean, error = mean_over_prompts(kl)
-        found: dict[str, Any] = {"kl": mean, "kl_standard_error": error, "samples": kl.size}
-        rewards = {name: self._true_rewards(who) for name, who in (("policy", policy), ("reference", self._base))}
-        if all(values is not None for values in rewards.values()):
-            expected = found["expected_reward"] = {}
-            for name, values in rewards.items():
-                assert values is not None
-                expected[name], expected[f"{name}_standard_error"] = mean_over_prompts(drawn.by_prompt(values))
-        return found
-
-    def _true_rewards(self, who: Policy) -> list[float] | None:
-        return true_rewards(self._drawn[who].rows, self._held_out.responses, self._base.folder, self._trust_remote_code)
-
-    def _write_answers(self, policy: Policy, folder: Path) -> None:
-        tables = [
-            answers_table(
-                self._drawn[who].rows,
-                author=author,
-                n=self._sampling.n,
-                policy=self._books[policy].sums(),
-                reference=self._books[self._base].sums(),
-                rewards=self._true_rewards(who),
-                tokenizer=self._base.folder,
-                trust_remote_code=self._trust_remote_code,
-            )
-            for author, who in (("policy", policy), ("reference", self._base))
-        ]
-        folder.mkdir(parents=True, exist_ok=True)
-        pl.concat(tables).write_parquet(folder / "samples.parquet")

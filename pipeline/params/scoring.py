@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.params.ranges import Dtype, NonNegative, Positive, Section, Share
 from pipeline.params.suites import SuiteParams
@@ -58,9 +58,29 @@ class SketchParams(Section):
 
 
 class EvaluateParams(Section):
+    """What policies are compared on: held-out pairs, answers to held-out prompts, and benchmark tasks.
+
+    tasks: names of tasks and groups of lm-evaluation-harness, folders of its YAML files, or such files; the five after
+    it belong to them.
+    """
+
     prompts: NonNegative = 64  # held-out prompts that the policy answers, for KL and reward; 0: none
     samples_per_prompt: Positive = 4
     max_new_tokens: Positive = 64
-    seed: NonNegative = 0
+    seed: NonNegative = 0  # of answers; tasks that sample take it too
     suites: dict[str, SuiteParams] = Field(default_factory=dict)  # further pairs, by name
     suites_input: str = "data/input"  # folder of their files; DVC watches it
+    tasks: list[str] = Field(default_factory=list)
+    task_data: str | None = None  # folder of TASK.jsonl or TASK/SPLIT.jsonl (or .parquet); null: each task's dataset
+    limit: Positive | None = None  # items of each task, the first ones; null: all
+    fewshot: NonNegative | None = None  # examples before the question; null: the task's own number
+    max_length: Positive | None = None  # tokens of context and answer; null: the model's positions
+    apply_chat_template: bool = True  # where the tokenizer has one
+
+    @field_validator("tasks")
+    @classmethod
+    def no_task_twice(cls, tasks: list[str]) -> list[str]:
+        repeated = sorted({task for task in tasks if tasks.count(task) > 1})
+        if repeated:
+            raise ValueError(f"{repeated} stand there more than once")
+        return tasks

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cache import open_reference, open_sketches
 from pipeline.data.tables import read_pairs, read_responses
 from pipeline.errors import RequestError, RunFailed
-from pipeline.evaluation.cells import Cell, evaluate_cells
+from pipeline.evaluation.cells import evaluate_cells
+from pipeline.evaluation.questions import Cell
 from pipeline.params import EvaluateParams, ModelParams, ScoreParams, SftParams, SketchParams
 from pipeline.reference.scoring import score_responses
 from pipeline.reference.sketching import sketch_responses

@@ -16,7 +16,8 @@ from pipeline.engine.rows import engine_rows, token_arrays
 from pipeline.errors import RequestError, RunFailed
 from pipeline.evaluation import answers_table
 from pipeline.evaluation.answers_table import true_rewards
-from pipeline.evaluation.cells import Cell, evaluate_cells
+from pipeline.evaluation.cells import evaluate_cells
+from pipeline.evaluation.questions import Cell
 from pipeline.evaluation.sampling import choose_prompts
 from pipeline.params import EvaluateParams, ScoreParams
 from pipeline.policies import engines

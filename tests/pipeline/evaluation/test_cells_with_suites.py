@@ -13,7 +13,8 @@ from pipeline.data.suites import INDEX, SUITE_ROWS_SCHEMA
 from pipeline.data.tables import read_pairs, read_responses, write_table
 from pipeline.engine import process
 from pipeline.errors import RequestError
-from pipeline.evaluation.cells import Cell, evaluate_cells
+from pipeline.evaluation.cells import evaluate_cells
+from pipeline.evaluation.questions import Cell
 from pipeline.params import EvaluateParams, ScoreParams, SuiteParams
 from pipeline.policies import engines
 from pipeline.reference.identity import reference_identity

@@ -1,0 +1,1 @@
+"""Benchmark tasks of lm-evaluation-harness, asked of models through their journals."""
