@@ -31,9 +31,23 @@ def task_results(found: Mapping[str, Any]) -> TaskResults:
             for key in measured
             if "," in key and "_stderr," not in key and (value := _number(measured[key])) is not None
         }
+        if total := _ifeval_total(metrics):
+            metrics[IFEVAL_TOTAL] = total
         if metrics:
             figures[name] = {"samples": measured.get("sample_len"), "metrics": metrics}
     return TaskResults(figures, {name: _answers(samples) for name, samples in found["samples"].items()})
+
+
+IFEVAL = [f"{level}_level_{kind}_acc,none" for level in ("prompt", "inst") for kind in ("strict", "loose")]
+IFEVAL_TOTAL = "total_acc,none"
+
+
+def _ifeval_total(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The mean of IFEval's four accuracies, as papers state one figure; None for other tasks. Its error is unknown."""
+    if not all(name in metrics for name in IFEVAL):
+        return None
+    mean = sum(metrics[name]["value"] for name in IFEVAL) / len(IFEVAL)
+    return {"value": mean, "standard_error": None, "higher_is_better": True}
 
 
 def _error_key(key: str) -> str:
