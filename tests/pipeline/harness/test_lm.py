@@ -103,6 +103,15 @@ def test_a_special_token_among_stop_strings_is_told_as_a_token(policy, tokenizer
     assert sampling.stop == ("Q",) and set(sampling.stop_token_ids) == ids
 
 
+def test_texts_have_no_special_tokens_and_end_before_the_first_stop_string(policy, tokenizer):
+    lm, asked = policy()
+    drawn = tokenizer.encode("<|user|>Paris Rome of Oslo<|end|>")
+    asked.draw = lambda prompts, *_: [drawn for _ in prompts]
+    options = {"max_gen_toks": 5}
+    requests = [request("generate_until", "A", options | {"until": until}) for until in ([], ["Oslo", " Rome"], [])]
+    assert lm.generate_until(requests) == ["Paris Rome of Oslo", "Paris", "Paris Rome of Oslo"]
+
+
 def test_repeats_of_a_sampled_prompt_have_seeds_of_their_own_that_other_tasks_leave_alone(policy):
     options = {"until": ["Q"], "do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_gen_toks": 5}
     twice = [request("generate_until", "A", options)] * 2

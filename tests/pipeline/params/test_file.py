@@ -23,6 +23,15 @@ def test_set_overrides_one_value_and_reads_yaml():
     assert params.train.variants["dpo"].beta == 0.2
 
 
+def test_benchmark_tasks_are_off_unless_named():
+    evaluate = load_params(DEFAULT).evaluate
+    assert (evaluate.tasks, evaluate.task_data, evaluate.limit, evaluate.fewshot) == ([], None, None, None)
+    assert evaluate.max_length is None and evaluate.apply_chat_template
+    named = ["evaluate.tasks=[gsm8k_cot_4shot, tasks/own]", "evaluate.limit=5", "evaluate.fewshot=0"]
+    named += ["evaluate.task_data=data/tasks", "evaluate.max_length=4096", "evaluate.apply_chat_template=false"]
+    assert load_params(DEFAULT, named).evaluate.tasks == ["gsm8k_cot_4shot", "tasks/own"]
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -73,6 +82,13 @@ def test_set_overrides_one_value_and_reads_yaml():
         ("trainable=most", ["trainable", "most"]),
         ("prepare.max_prompt_tokens=128", ["max_prompt_tokens", "below max_tokens"]),
         ("train.ranks.x=1", ["train.ranks", None]),
+        ("evaluate.tasks=gsm8k_cot", ["evaluate.tasks", "list"]),
+        ("evaluate.tasks=[ifeval, ifeval]", ["evaluate.tasks", "['ifeval'] stand there more than once"]),
+        ("evaluate.limit=0", ["evaluate.limit", "greater than or equal to 1", "0"]),
+        ("evaluate.fewshot=-1", ["evaluate.fewshot", "greater than or equal to 0", "-1"]),
+        ("evaluate.max_length=0", ["evaluate.max_length", "greater than or equal to 1"]),
+        ("evaluate.apply_chat_template=auto", ["evaluate.apply_chat_template", "'auto'"]),
+        ("evaluate.task_data=[a]", ["evaluate.task_data", "string"]),
         ("train", ["section.key=value"]),
         ("prepare.files={pairs:[a]}", ["is not valid YAML", "a space follows each colon"]),
         ("train.variants.dpo={objective: kto, desirable_weight: -1.0}", ["desirable_weight", "must lie in [0, "]),
