@@ -57,6 +57,11 @@ def command(
 
     if (suites is None) != (suites_reference is None):
         raise click.UsageError("--suites (prepared suites) and --suites-reference (their log-probs) go together")
+    if params.evaluate.suites and suites is None:
+        raise click.UsageError(
+            f"evaluate.suites names {', '.join(params.evaluate.suites)}: give --suites and --suites-reference, where "
+            "`refcache suites` and `refcache score` put them, or --set evaluate.suites={}"
+        )
     one = _one_cell(params, answers, variant=variant, seed=seed, policy=policy, metrics=metrics)
     cells = [one] if one else _all_cells(params, policies, out, answers)
     done = evaluate_cells(

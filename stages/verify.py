@@ -55,8 +55,14 @@ def command(
         _verify(path)
         return
     from cache.sketches import SKETCHES, stored_kind
+    from pipeline.errors import RequestError
     from pipeline.params import load_params
 
+    if path.name == "suites" and repair:
+        raise RequestError(
+            f"{path} holds the suites' rows, and --repair would publish those of {pairs} in their place. They are in "
+            "the journal: `dvc repro -f score` publishes them again and scores what is lost. Nothing was changed."
+        )
     params = load_params(params_file, overrides)
     if stored_kind(path) == SKETCHES:
         _repair_sketches(path, drift=drift, pairs=pairs, model=model, metrics=metrics, params=params)

@@ -70,6 +70,7 @@ def test_one_cell_is_asked_for_by_name(run, tmp_path):
     [
         (["--variant", "dpo", "--seed", "0"], "--policy, --metrics absent"),
         (["--policies", "models"], "all cells need --policies and --out"),
+        (["--set", "evaluate.suites={mine: {files: [a.jsonl]}}"], "evaluate.suites names mine"),
         ([], "all cells need --policies and --out"),
     ],
 )

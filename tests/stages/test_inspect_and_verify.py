@@ -96,3 +96,8 @@ def test_help_shows_an_example(command):
 
 def test_repair_of_what_was_never_published_exits_2(folder):
     assert run("verify", folder.parent, "--repair", "--model", folder).exit_code == 2
+
+
+def test_the_suites_cache_is_not_repaired_from_the_pairs(tmp_path):
+    result = CliRunner().invoke(main, ["verify", str(tmp_path / "suites"), "--repair"])
+    assert result.exit_code == 2 and "dvc repro -f score" in result.output
