@@ -162,6 +162,9 @@ def test_files_in_task_data_take_the_place_of_a_tasks_own_data(check, tmp_path):
     assert len(built.tasks["small_choice"].eval_docs) == 2 and len(built.tasks["small_text"].eval_docs) == 20
     with pytest.raises(RequestError, match=r"task_data is .*absent, which is no folder"):
         check(tmp_path / "tasks", task_data=str(tmp_path / "absent"))
+    write_lines(data / "small_choice.jsonl", [])
+    with pytest.raises(RequestError, match=r"small_choice\.jsonl, which is empty"):
+        check(tmp_path / "tasks", task_data=str(data))
 
 
 def test_examples_limit_and_template_reach_the_prompts(check, tmp_path):
