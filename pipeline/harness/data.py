@@ -54,8 +54,8 @@ def _needed(splits: Mapping[str, str], shots: int) -> set[str]:
 def _replaced(builder: str, files: Mapping[str, Path]) -> dict[str, Any]:
     if empty := sorted(str(file) for file in set(files.values()) if not file.stat().st_size):
         raise RequestError(
-            f"evaluate.task_data has {', '.join(empty)}, which is empty. Expected are the task's items, one object "
-            "a JSON line, in the columns of its own dataset."
+            f"evaluate.task_data has {', '.join(empty)}, which is empty. Expected are the task's items in the columns "
+            "of its own dataset, as JSON lines or Parquet."
         )
     return {
         "dataset_path": builder,
