@@ -108,11 +108,11 @@ class PolicyEngines:
 
     def _exchanged(self, folder: Path, shape: Shape) -> EngineProcess | None:
         """The engine with the folder's weights in it; None where vLLM can't or does it wrongly."""
-        if self._holds != shape:
-            self._load(folder, exchangeable=True)
-            self._holds = shape
-        engine = self._engine()
         try:
+            if self._holds != shape:
+                self._load(folder, exchangeable=True)
+                self._holds = shape
+            engine = self._engine()
             engine.exchange(folder)
         except EngineFailed as error:
             _say(f"{str(error).splitlines()[0]} Each policy gets an engine of its own now, which takes longer.")
@@ -139,11 +139,16 @@ class PolicyEngines:
         rank, kind = lora_rank(self._policies), _adapter_kind(policy.folder)
         if rank is None or kind in self._refused:
             return None
-        if self._holds is not _ADAPTERS:
-            self._load(self._base, lora_rank=rank)
-            self._holds = _ADAPTERS
-        engine = self._engine()
-        refused = engine.adapt(policy.folder)
+        try:
+            if self._holds is not _ADAPTERS:
+                self._load(self._base, lora_rank=rank)
+                self._holds = _ADAPTERS
+            engine = self._engine()
+            refused = engine.adapt(policy.folder)
+        except EngineFailed as error:  # of an architecture without adapters, for example
+            _say(f"{str(error).splitlines()[0]} Adapters are merged instead.")
+            self._works[_ADAPTERS] = False
+            return None
         if refused is not None:
             _say(f"vLLM does not take the adapter {policy.folder} ({refused}); it is merged instead.")
             self._refused.add(kind)

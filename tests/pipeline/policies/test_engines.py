@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.engine.process import EngineProcess
 from pipeline.engine.rows import EngineLength
+from pipeline.errors import EngineFailed
 from pipeline.params import ScoreParams
 from pipeline.policies import engines as module
 from pipeline.policies.engines import Needs, PolicyEngines, lora_rank
@@ -147,6 +149,40 @@ def test_where_an_adapter_is_answered_for_wrongly_it_is_merged(base, sharing, ro
     with running:
         assert furthest(running.use(policy), rows, exact(merged, rows)) < 1e-4
     assert "nats from transformers'" in capsys.readouterr().err
+
+
+class Stubborn:
+    """In place of EngineProcess: one that can be built only for one model alone."""
+
+    ended = False
+    built: ClassVar[list[str]] = []
+
+    def __init__(self, params, *, log):
+        pass
+
+    def load(self, folder, length, *, exchangeable, lora_rank, **options):
+        if exchangeable or lora_rank:
+            raise EngineFailed("The vLLM engine did not start: not for this architecture.")
+        self.built.append(folder.name)
+
+    def kill(self):
+        pass
+
+    close = kill
+
+
+def test_where_nothing_can_be_shared_every_policy_has_its_engine(base, sharing, tmp_path, monkeypatch, capsys):
+    """An architecture that takes no adapters, or a runner that exchanges no weights, costs time and no figures."""
+    monkeypatch.setattr(module, "EngineProcess", Stubborn)
+    (adapter, _), whole = adapt(base, tmp_path, 1), write_model(tmp_path / "whole", seed=2)
+    running, policies, reference = sharing(whole, adapter)
+    Stubborn.built.clear()
+    with running:
+        for policy in [*policies, reference]:
+            running.use(policy)
+    assert [name.split("-")[0] for name in Stubborn.built] == ["whole", "merged", base.name.split("-")[0]]
+    said = capsys.readouterr().err
+    assert "Adapters are merged instead." in said and "an engine of its own" in said
 
 
 def test_policies_of_other_shapes_are_never_exchanged(base, identity, tmp_path):
