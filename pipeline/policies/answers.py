@@ -127,11 +127,6 @@ class Answers:
 
     # text generation --------------------------------------------------------------------------------------------------
 
-    def drawn(self, prompts: Sequence[np.ndarray], sampling: Sampling, seeds: Sequence[int]) -> list[bool]:
-        """Which prompts were answered before."""
-        found = self._drawn_answers()
-        return [key in found for key in _questions(prompts, sampling, seeds)]
-
     def draw(
         self, prompts: Sequence[np.ndarray], sampling: Sampling, seeds: Sequence[int], ask: Ask, what: str
     ) -> list[list[list[int]]]:
