@@ -142,7 +142,7 @@ def test_a_new_suite_is_scored_and_judged_by_and_trains_nothing(project, first_r
     assert "sums" in (project / "report/index.html").read_text()
     (project / "data/input/sums.jsonl").unlink()
     (project / "params.yaml").write_text(text)
-    dvc(project, "repro")
+    dvc(project, "repro", "score")
 
 
 def test_changing_a_beta_trains_evaluates_and_reports_but_scores_nothing(project, first_run):
