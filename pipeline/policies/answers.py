@@ -6,8 +6,9 @@ Rows of text generation are kept under the digest of prompt, settings and seed.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -18,11 +19,28 @@ from cache import CacheError, Journal, ReferenceIdentity, prompt_key, response_k
 from cache.identity import record_identity
 from cache.schema import Kind
 from pipeline.engine.process import EngineProcess
-from pipeline.engine.rows import Sampling, calls, engine_rows, scored_table, scoring_order, token_arrays
+from pipeline.engine.rows import EngineLength, Sampling, calls, engine_rows, scored_table, scoring_order, token_arrays
+from pipeline.params import ScoreParams
 from pipeline.progress import Advance, progress_bar
-from pipeline.workspace import answers_folder
+from pipeline.workspace import answers_folder, log_file
 
 Ask = Callable[[], EngineProcess]  # the engine that answers for this model; called when there is something to ask
+
+
+@contextmanager
+def on_demand(params: ScoreParams, model: Path, length: EngineLength, *, log: str, **options: Any) -> Iterator[Ask]:
+    """An engine for one model, started when it is first asked for; options: of EngineProcess.load."""
+    with ExitStack() as stack:
+        started: list[EngineProcess] = []
+
+        def ask() -> EngineProcess:
+            if not started:
+                started.append(stack.enter_context(EngineProcess(params, log=log_file(log))))
+                started[0].load(model, length, **options)
+            return started[0]
+
+        yield ask
+
 
 _KEY = pa.field("response_key", pa.binary(16), nullable=False)
 _SCHEMA = pa.schema(

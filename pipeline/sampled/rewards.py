@@ -7,17 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.engine.process import EngineProcess
 from pipeline.engine.rows import engine_length
 from pipeline.errors import RequestError
 from pipeline.model.limits import model_limits
 from pipeline.model.opening import open_config
 from pipeline.model.tokenizer import open_tokenizer
 from pipeline.params import ScoreParams
-from pipeline.policies.answers import Answers
+from pipeline.policies.answers import Answers, on_demand
 from pipeline.reference.identity import reference_identity
 from pipeline.sampled.scorers import Asked
-from pipeline.workspace import log_file
 
 _TURN = re.compile(r"(?:\A|\n\n)\[(system|developer|user|assistant|tool)\] ")
 
@@ -60,19 +58,11 @@ def reward_scores(
         )
     identity = reference_identity(folder, dtype=engine.dtype, quantization=engine.quantization)
     length = engine_length(longest, limits, engine, what="prompts with answers, as the reward model reads them,")
-    started: list[EngineProcess] = []
-
-    def ask() -> EngineProcess:
-        started.append(EngineProcess(engine, log=log_file("reward")))
-        started[0].load(folder, length, trust_remote_code=trust_remote_code, classes=True)
-        return started[0]
-
-    with Answers(identity, "reward model", rows_per_call=engine.rows_per_call) as book:
-        try:
-            return book.scores(rendered, ask, "scores")
-        finally:
-            for process in started:
-                process.close()
+    with (
+        on_demand(engine, folder, length, log="reward", trust_remote_code=trust_remote_code, classes=True) as ask,
+        Answers(identity, "reward model", rows_per_call=engine.rows_per_call) as book,
+    ):
+        return book.scores(rendered, ask, "scores")
 
 
 def _rendered(answers: Sequence[Asked], dialogues: Sequence[Dialogue], tokenizer: Any, own: Any) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, read_pairs, read_responses, write_table
-from pipeline.engine.process import EngineProcess, orderly_termination
+from pipeline.engine.process import orderly_termination
 from pipeline.engine.rows import Sampling, engine_length, longest_prompt, token_arrays
 from pipeline.errors import RequestError
 from pipeline.evaluation.sampling import stop_token_ids
@@ -20,14 +20,13 @@ from pipeline.files import write_json
 from pipeline.model.limits import model_limits
 from pipeline.model.tokenizer import open_tokenizer
 from pipeline.params import PrepareParams, SampleParams, ScoreParams
-from pipeline.policies.answers import Answers, answer_rows
+from pipeline.policies.answers import Answers, answer_rows, on_demand
 from pipeline.progress import activity
 from pipeline.reference.identity import reference_identity
 from pipeline.sampled.pairing import choose_pairs
 from pipeline.sampled.prompts import prompts_to_sample
 from pipeline.sampled.rewards import Dialogue, reward_scores
 from pipeline.sampled.scorers import Asked, text_scorer
-from pipeline.workspace import log_file
 
 SOURCE = "sampled"
 
@@ -115,23 +114,15 @@ def _drawn(
     stop = stop_token_ids(model, read_responses(pairs), trust_remote_code=trust_remote_code)
     sampling = Sampling(params.n, params.max_new_tokens, params.temperature, params.top_p, tuple(stop))
     length = engine_length(longest, limits, engine, what="prompts with sampled answers")
-    started: list[EngineProcess] = []
-
-    def ask() -> EngineProcess:
-        started.append(EngineProcess(engine, log=log_file("sample")))
-        started[0].load(model, length, sampling=True, trust_remote_code=trust_remote_code)
-        return started[0]
-
     with activity(f"digesting {model}"):
         identity = reference_identity(model, dtype=engine.dtype, quantization=engine.quantization)
-    with Answers(identity, "reference", rows_per_call=engine.rows_per_call) as book:
-        try:
-            # Seeds by the prompt's own key, so that more prompts change nothing about the answers to these.
-            seeds = [_seed(params.seed, key) for key in prompts["prompt_key"]]
-            found = book.draw(token_arrays(prompts["prompt_ids"]), sampling, seeds, ask, "answers")
-        finally:
-            for process in started:
-                process.close()
+    with (
+        on_demand(engine, model, length, log="sample", sampling=True, trust_remote_code=trust_remote_code) as ask,
+        Answers(identity, "reference", rows_per_call=engine.rows_per_call) as book,
+    ):
+        # Seeds by the prompt's own key, so that more prompts change nothing about the answers to these.
+        seeds = [_seed(params.seed, key) for key in prompts["prompt_key"]]
+        found = book.draw(token_arrays(prompts["prompt_ids"]), sampling, seeds, ask, "answers")
     rows = answer_rows(prompts, found)
     last = pl.col("response_ids").list.last()
     return rows.with_columns(
