@@ -100,7 +100,7 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
     return hashlib.blake2b(canonical.encode(), digest_size=16, person=b"refcache").hexdigest()
 
 
-def require_identity(path: Path, found: Identity, expected: Identity) -> None:
+def require_identity(path: object, found: Identity, expected: Identity) -> None:
     """Raise CacheMismatch, naming each differing field with both values, unless the identities are equal."""
     differences = found.differences(expected)
     if not differences:

@@ -60,7 +60,7 @@ class _Asked(NamedTuple):
 @contextmanager
 def _bucketed(reference: Reference, batches: Iterable[pa.RecordBatch], scratch: Path) -> Iterator[_Asked]:
     kept = f"Temporary files go to {scratch}; nothing else was changed."
-    with system_errors(f"look rows up in {reference.path}", kept=kept), spill_folder(scratch) as folder:
+    with system_errors(f"look rows up in {reference.place}", kept=kept), spill_folder(scratch) as folder:
         spill = Spill(folder, partition_bits(reference.n_rows))
         n_rows = n_columns = 0
         for batch in batches:

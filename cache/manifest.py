@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from cache.schema import FORMAT_VERSION
 MANIFEST = "manifest.json"
 # Exists only while shards are being exchanged: the names that a reader may find besides those of the manifest.
 EXCHANGE = "publishing.json"
+URL = re.compile(r"([a-z][a-z0-9]+):/{1,2}(.*)")  # pathlib makes one slash of two
 SHARD_NAME = re.compile(r"[a-z]+-\d{5}-[0-9a-f]{32}\.parquet")
 
 
@@ -67,29 +69,39 @@ def read_manifest(folder: Path, stage: str = "score") -> Manifest:
 
     Raises CacheIncomplete when there is none, CacheMismatch when a newer version wrote it, CacheCorrupt otherwise.
     """
-    path = folder / MANIFEST
     try:
-        data = json.loads(path.read_bytes())
+        data = (folder / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         found = f"has no {MANIFEST}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         raise CacheIncomplete(
             f"{folder} is no published reference cache: it {found}. Expected a folder with {MANIFEST} and *.parquet "
             f"shards, as `dvc repro {stage}` writes it (what an interrupted run has computed is reused)."
         ) from None
-    except ValueError as error:
-        raise CacheCorrupt(f"{path} is not JSON ({error}). {remedy(folder, stage)}") from None
-    return _parse(folder, path, data, stage)
+    return parse_manifest(folder, data, stage)
 
 
-def remedy(folder: Path, stage: str = "score") -> str:
+def is_remote(path: object) -> bool:
+    """Whether `path` is an address in object storage, such as s3://BUCKET/PATH, rather than a folder."""
+    return URL.fullmatch(str(path)) is not None
+
+
+def remedy(folder: object, stage: str = "score") -> str:
     """What to run when files of a published reference cache are damaged or gone. stage: which one wrote it."""
+    if is_remote(folder):
+        return "Copy the published folder to a new address, manifest.json last (docs/sharing.md)."
     return (
         f"Restore the folder with `dvc checkout {folder}`, or run `refcache verify {folder} --repair` (or "
         f"`dvc repro -f {stage}`): only the rows of damaged shards that the journal lacks are computed again."
     )
 
 
-def _parse(folder: Path, path: Path, data: Any, stage: str) -> Manifest:
+def parse_manifest(folder: object, content: bytes, stage: str) -> Manifest:
+    """The manifest whose bytes are `content`, of `folder`, a name for messages; otherwise as `read_manifest`."""
+    path = f"{folder}/{MANIFEST}"
+    try:
+        data = json.loads(content)
+    except ValueError as error:
+        raise CacheCorrupt(f"{path} is not JSON ({error}). {remedy(folder, stage)}") from None
     version = data.get("format_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CacheMismatch(
@@ -118,6 +130,27 @@ def _parse_shard(entry: dict[str, Any]) -> Shard:
     if not all(isinstance(number, int) and number >= 0 for number in (shard.rows, shard.tokens, shard.bytes)):
         raise TypeError(f"rows, tokens and bytes of {shard.file} must be whole numbers")
     return shard
+
+
+def require_no_strays(
+    folder: object, present: Iterable[str], manifest: Manifest, exchange: Callable[[], bytes]
+) -> None:
+    """Raise CacheCorrupt for *.parquet that neither the manifest nor a publication under way accounts for.
+
+    present: the names of the folder's files; exchange: reads EXCHANGE, or raises FileNotFoundError.
+    """
+    try:
+        exchanged = json.loads(exchange())["shards"]
+    except FileNotFoundError:
+        exchanged = []
+    strays = sorted({name for name in present if name.endswith(".parquet")} - manifest.files - set(exchanged))
+    if strays:
+        repair = f"run `refcache verify {folder} --repair`, which does."
+        mend = "copy what is published to a new address (docs/sharing.md)." if is_remote(folder) else repair
+        raise CacheCorrupt(
+            f"{folder} holds {', '.join(strays)}, which {'is' if len(strays) == 1 else 'are'} not in its manifest; "
+            f"whoever scans the folder would read foreign rows. Move such files away, or {mend}"
+        )
 
 
 def file_digest(path: Path) -> str:

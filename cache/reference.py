@@ -1,14 +1,12 @@
 """Reading a published reference cache: whole, of the expected reference, and covering every key asked for."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +14,19 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheMismatch, system_errors
-from cache.identity import Identity, ReferenceIdentity, SomeIdentity, require_identity
+from cache.errors import CacheCorrupt, CacheError, CacheIncomplete
+from cache.identity import Identity, ReferenceIdentity
 from cache.key_set import KeyArray, Keys, KeySet, key_array, key_bytes
-from cache.manifest import EXCHANGE, Manifest, Shard, file_digest, read_manifest, remedy
+from cache.manifest import Manifest, Shard, file_digest, read_manifest, remedy
+from cache.opening import open_rows
+from cache.remote import RemoteFolder
 from cache.schema import KEY_COLUMN, LOGPS
-from cache.shards import read_shard_metadata, require_known_version
+from cache.shards import partition_bits
 from cache.spill import PartitionRows
 
 SHOWN_KEYS = 3
 GROUPS_AT_ONCE = 5  # row groups, where all are read
 HASHING_THREADS = 8
-ATTEMPTS = 20  # to find the folder between two publications
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,14 @@ class StoredRows:
     path: Path
     manifest: Manifest
     identity: Identity
+    remote: RemoteFolder | None = None  # then `path` holds copies of the shards that were asked for
     intact: set[str] = field(default_factory=set, repr=False, compare=False)  # shards whose bytes were checked
+    _footers: dict[str, "_Ranges"] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def place(self) -> Path | RemoteFolder:
+        """Where it was published, for messages."""
+        return self.remote or self.path
 
     @property
     def n_rows(self) -> int:
@@ -51,10 +57,11 @@ class StoredRows:
     def scan(self) -> pl.LazyFrame:
         """All rows, lazily: all columns of their kind, sorted by response_key.
 
-        The first call hashes every shard, since polars would read some flipped bytes as other log-probs. Raises
-        CacheCorrupt naming the shard, CacheError where another publication has replaced it.
+        The first call hashes every shard, since polars would read some flipped bytes as other log-probs; of object
+        storage it fetches them. Raises CacheCorrupt naming the shard, CacheError where another publication has
+        replaced it.
         """
-        self._require_intact()
+        self._require_intact(self.manifest.shards)
         if not self.manifest.shards:
             return pl.DataFrame(self.identity.kind.schema.empty_table()).lazy()
         return pl.scan_parquet([self.path / shard.file for shard in self.manifest.shards], glob=False)
@@ -69,7 +76,7 @@ class StoredRows:
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """response_key and `columns` of all rows in the order of keys, up to 10,000 rows at a time."""
-        for ranges in self._ranges:
+        for ranges in self._ranges():
             groups = np.arange(len(ranges.first))
             for start in range(0, len(groups), GROUPS_AT_ONCE):
                 yield self._read(ranges, groups[start : start + GROUPS_AT_ONCE], columns)
@@ -79,7 +86,7 @@ class StoredRows:
 
         Reads only row groups that may hold one; memory holds the matches of one shard.
         """
-        for ranges in self._ranges:
+        for ranges in self._ranges(wanted):
             hit = wanted.array.searchsorted(ranges.first) < wanted.array.searchsorted(ranges.last, side="right")
             if hit.any():
                 rows = self._read(ranges, np.flatnonzero(hit), columns)
@@ -122,18 +129,32 @@ class StoredRows:
             raise CacheIncomplete(self.incomplete(len(absent), absent, len(asked)))
         return pl.concat(frames)[row_of[wanted.positions(asked)]]
 
-    @cached_property
-    def _ranges(self) -> list["_Ranges"]:
-        """The first and last key of each row group, shard by shard, as the footers state them."""
-        self._require_intact()
-        found = []
+    def _ranges(self, wanted: KeySet | None = None) -> list["_Ranges"]:
+        """The first and last key of each row group, shard by shard, as the footers state them.
+
+        wanted: only these keys matter (None: all). Of object storage, shards that can't hold one are left there.
+        """
+        shards: Sequence[Shard] = self.manifest.shards
+        if self.remote is not None and wanted is not None:
+            shards = self.remote.holding(wanted, self.manifest, self._bits)
+        unread = [shard for shard in shards if shard.file not in self._footers]
+        self._require_intact(unread)
         with self._reading():
-            for shard in self.manifest.shards:
-                metadata = pq.read_metadata(self.path / shard.file)
-                columns = [metadata.row_group(i).column(0).statistics for i in range(metadata.num_row_groups)]
-                first, last = (key_array([getattr(s, end) for s in columns]) for end in ("min", "max"))
-                found.append(_Ranges(shard, first, last))
-        return found
+            for shard in unread:
+                self._footers[shard.file] = self._footer(shard)
+        return [self._footers[shard.file] for shard in shards]
+
+    def _footer(self, shard: Shard) -> "_Ranges":
+        metadata = pq.read_metadata(self.path / shard.file)
+        columns = [metadata.row_group(i).column(0).statistics for i in range(metadata.num_row_groups)]
+        first, last = (key_array([getattr(s, end) for s in columns]) for end in ("min", "max"))
+        if self.remote is not None:
+            self.remote.require_own(shard, metadata.schema.to_arrow_schema(), [first, last], self.manifest, self._bits)
+        return _Ranges(shard, first, last)
+
+    @property
+    def _bits(self) -> int:
+        return partition_bits(self.n_rows, self.identity.kind.shard_rows)
 
     def _read(self, ranges: "_Ranges", groups: npt.NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
         names = list(dict.fromkeys([KEY_COLUMN, *columns]))
@@ -141,21 +162,26 @@ class StoredRows:
         with self._reading(), pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
             return file.read_row_groups(groups.tolist(), columns=names)
 
-    def _require_intact(self) -> None:
-        """Hash the shards that were not hashed yet, and raise CacheCorrupt naming the first that is damaged.
+    def _require_intact(self, shards: Iterable[Shard]) -> None:
+        """Hash those that were not hashed yet, and raise CacheCorrupt naming the first that is damaged.
 
         Page checksums do not cover the headers of pages and the footer, nor does polars look at them.
         """
-        unread = [shard for shard in self.manifest.shards if shard.file not in self.intact]
-        with self._reading(), ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashlib releases the interpreter lock
-            digests = pool.map(lambda shard: file_digest(self.path / shard.file), unread)
-            for shard, digest in zip(unread, digests, strict=True):
-                if digest != shard.blake2b:
-                    raise CacheCorrupt(
-                        f"{self.path / shard.file} is damaged: its bytes hash to {digest[:12]}, expected "
-                        f"{shard.blake2b[:12]}. {remedy(self.path, self.identity.kind.stage)}"
-                    )
-                self.intact.add(shard.file)
+        unread = [shard for shard in shards if shard.file not in self.intact]
+        if unread:
+            with self._reading(), ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashlib releases the interpreter lock
+                for shard in pool.map(self._intact, unread):
+                    self.intact.add(shard.file)
+
+    def _intact(self, shard: Shard) -> Shard:
+        path = self.path
+        digest = file_digest(path / shard.file) if self.remote is None else self.remote.fetch(shard, path)
+        if digest != shard.blake2b:
+            raise CacheCorrupt(
+                f"{self.place}/{shard.file} is damaged: its bytes hash to {digest[:12]}, expected "
+                f"{shard.blake2b[:12]}. {remedy(self.place, self.identity.kind.stage)}"
+            )
+        return shard
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -165,14 +191,17 @@ class StoredRows:
         except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
             if self._was_replaced(error):
                 raise CacheError(
-                    f"{self.path} was published anew while it was being read, and its old shards are gone. Run again."
+                    f"{self.place} was published anew while it was being read, and its old shards are gone. Run again."
                 ) from error
+            names = "" if self.remote else f" `refcache verify {self.path}` names it."
             raise CacheCorrupt(
-                f"A shard of {self.path} cannot be read: {error}. `refcache verify {self.path}` names it. "
-                + remedy(self.path, self.identity.kind.stage)
+                f"A shard of {self.place} cannot be read: {error}.{names} "
+                + remedy(self.place, self.identity.kind.stage)
             ) from error
 
     def _was_replaced(self, error: Exception) -> bool:
+        if self.remote is not None:
+            return self.remote.manifest(self.identity.kind.stage) != self.manifest
         # A publisher may have come back to these very rows meanwhile; then the shard that was gone is there again.
         is_back = isinstance(error, FileNotFoundError) and all(
             (self.path / name).exists() for name in self.manifest.files
@@ -183,7 +212,7 @@ class StoredRows:
         """The message of CacheIncomplete; `absent`: at least the first few of `n_absent` keys without a row."""
         first = ", ".join(key.hex() for key in islice(absent, SHOWN_KEYS)) + (", ..." if n_absent > SHOWN_KEYS else "")
         return (
-            f"{self.path} lacks {n_absent} of the {asked} responses asked for (it has {self.n_rows}): {first}. The "
+            f"{self.place} lacks {n_absent} of the {asked} responses asked for (it has {self.n_rows}): {first}. The "
             f"pairs changed after it was written. Run `dvc repro {self.identity.kind.stage}`; only what is missing is "
             "computed."
         )
@@ -212,87 +241,16 @@ def _absent(asked: KeyArray, wanted: KeySet, found: npt.NDArray[np.bool_]) -> li
     return key_bytes(absent[np.sort(first)])
 
 
-def open_reference(path: Path | str, *, expect: ReferenceIdentity | None) -> Reference:
+def open_reference(path: Path | str, *, expect: ReferenceIdentity | None, copies: Path | None = None) -> Reference:
     """Open the reference cache in folder `path` for reading; `expect=None` accepts whichever reference it holds.
 
     Checks the manifest, the identity, and that the folder holds exactly the listed shards, each of the listed size and
     of the same reference; the bytes inside are checked when rows are first read. Raises CacheIncomplete (never
     published), CacheMismatch (another reference, kind, or a newer format) or CacheCorrupt (missing, damaged or foreign
     files).
+
+    `path` may be an address in object storage, s3://BUCKET/PATH. Then the manifest and a listing are read, and rows
+    fetch the shards that can hold them, whole, to `copies` (None: a temporary folder). Raises CacheError as well where
+    the storage can't be reached or refuses.
     """
-    folder = Path(path)
-    manifest, identity = open_rows(folder, LOGPS.name, LOGPS.stage, ReferenceIdentity.from_dict, expect)
-    return Reference(folder, manifest, identity)
-
-
-def open_rows(
-    folder: Path,
-    kind: str,
-    stage: str,
-    parse: Callable[[dict[str, Any]], SomeIdentity],
-    expect: SomeIdentity | None,
-) -> tuple[Manifest, SomeIdentity]:
-    """What `open_reference` does, for rows of any kind. parse: the manifest's identity to its class."""
-    for remaining in reversed(range(ATTEMPTS)):
-        try:
-            with system_errors(f"read {folder}", kept="Nothing was changed."):
-                return _open(folder, kind, stage, parse, expect)
-        except CacheCorrupt:
-            # A publication may have passed between two looks at the folder; real damage is still there next time.
-            if not remaining:
-                raise
-    raise AssertionError("unreachable")
-
-
-def _open(
-    folder: Path,
-    kind: str,
-    stage: str,
-    parse: Callable[[dict[str, Any]], SomeIdentity],
-    expect: SomeIdentity | None,
-) -> tuple[Manifest, SomeIdentity]:
-    manifest = read_manifest(folder, stage)
-    if manifest.kind != kind:
-        raise CacheMismatch(f"{folder} is a reference cache of kind {manifest.kind!r}, expected {kind!r}.")
-    identity = parse(manifest.identity)
-    if expect is not None:
-        require_identity(folder, identity, expect)
-    for shard in manifest.shards:
-        _require_shard(folder, shard, manifest, remedy(folder, stage))
-    strays = stray_shards(folder, manifest)
-    if strays:
-        raise CacheCorrupt(
-            f"{folder} holds {', '.join(strays)}, which {'is' if len(strays) == 1 else 'are'} not in its manifest; "
-            "whoever scans the folder would read foreign rows. Move such files away, or run "
-            f"`refcache verify {folder} --repair`, which does."
-        )
-    return manifest, identity
-
-
-def stray_shards(folder: Path, manifest: Manifest) -> list[str]:
-    """Parquet files in the folder that neither the manifest nor a publication under way accounts for."""
-    present = {path.name for path in folder.glob("*.parquet")}
-    try:
-        exchanged = json.loads((folder / EXCHANGE).read_bytes())["shards"]
-    except FileNotFoundError:
-        exchanged = []
-    return sorted(present - manifest.files - set(exchanged))
-
-
-def _require_shard(folder: Path, shard: Shard, manifest: Manifest, remedy: str) -> None:
-    path = folder / shard.file
-    try:
-        size = path.stat().st_size
-        if size != shard.bytes:
-            raise CacheCorrupt(f"{path} has {size} bytes, expected {shard.bytes}. {remedy}")
-        found = read_shard_metadata(pq.read_schema(path))
-    except FileNotFoundError:
-        raise CacheCorrupt(f"{path} is listed in the manifest but missing. {remedy}") from None
-    except (OSError, pa.ArrowException, ValueError) as error:  # ValueError: pyarrow decodes names in a damaged footer
-        raise CacheCorrupt(f"{path} is no readable Parquet file: {error}. {remedy}") from error
-    require_known_version(path, found)
-    if found.get("reference_id") != manifest.reference_id:
-        raise CacheMismatch(
-            f"{path} belongs to reference {found.get('reference_id', 'unknown')}, "
-            f"but the manifest beside it to {manifest.reference_id}. {remedy}"
-        )
+    return Reference(*open_rows(path, LOGPS.name, LOGPS.stage, ReferenceIdentity.from_dict, expect, copies))

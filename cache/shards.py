@@ -14,7 +14,7 @@ from cache.durable import partial_of, sync_file
 from cache.errors import CacheMismatch
 from cache.identity import identity_digest
 from cache.key_set import KeyArray, key_array, key_bytes
-from cache.manifest import Shard, file_digest
+from cache.manifest import Manifest, Shard, file_digest
 from cache.schema import FORMAT_VERSION, KEY_COLUMN, METADATA_KEY, ROW_GROUP_ROWS, Kind, conform, parquet_options
 
 SHARD_ROWS = 50_000  # at most, on average: some 100 MB of 500-token responses
@@ -96,13 +96,24 @@ def read_shard_metadata(schema: pa.Schema) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def require_known_version(path: Path, stated: dict[str, Any]) -> None:
+def require_known_version(path: object, stated: dict[str, Any]) -> None:
     """Raise CacheMismatch where a shard's own metadata says that a newer version wrote it."""
     version = stated.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CacheMismatch(
             f"{path} has format version {version}; this refcache reads up to {FORMAT_VERSION}. Upgrade refcache; "
             "nothing was changed."
+        )
+
+
+def require_same_reference(path: object, schema: pa.Schema, manifest: Manifest, remedy: str) -> None:
+    """Raise CacheMismatch where a shard's own metadata says that it is another reference's, or a newer version's."""
+    stated = read_shard_metadata(schema)
+    require_known_version(path, stated)
+    if stated.get("reference_id") != manifest.reference_id:
+        raise CacheMismatch(
+            f"{path} belongs to reference {stated.get('reference_id', 'unknown')}, "
+            f"but the manifest beside it to {manifest.reference_id}. {remedy}"
         )
 
 

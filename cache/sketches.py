@@ -14,7 +14,8 @@ from cache.errors import CacheCorrupt, CacheMismatch
 from cache.identity import Identity, ReferenceIdentity
 from cache.key_set import KeyArray, key_array
 from cache.manifest import Manifest, read_manifest
-from cache.reference import StoredRows, open_rows
+from cache.opening import open_rows
+from cache.reference import StoredRows
 from cache.schema import KEY_COLUMN, LOGPS, Kind, refuse
 
 SKETCHES, STAGE = "sketches", "sketch"
@@ -163,11 +164,9 @@ class Sketches(StoredRows):
             yield key_array(table[KEY_COLUMN]), {group: group_values(table, group) for group in groups}
 
 
-def open_sketches(path: Path | str, *, expect: SketchIdentity | None) -> Sketches:
-    """Open the sketches in folder `path`; checks and raises as cache.open_reference."""
-    folder = Path(path)
-    manifest, identity = open_rows(folder, SKETCHES, STAGE, SketchIdentity.from_dict, expect)
-    return Sketches(folder, manifest, identity)
+def open_sketches(path: Path | str, *, expect: SketchIdentity | None, copies: Path | None = None) -> Sketches:
+    """Open the sketches in folder or at address `path`; checks and raises as cache.open_reference."""
+    return Sketches(*open_rows(path, SKETCHES, STAGE, SketchIdentity.from_dict, expect, copies))
 
 
 def stored_kind(folder: Path) -> str:

@@ -48,6 +48,11 @@ def views_folder() -> Path:
     return workspace() / "views"
 
 
+def remote_copies_folder() -> Path:
+    """Shards that were fetched from object storage, one folder per publication; each can be fetched again."""
+    return workspace() / "remote"
+
+
 def log_file(name: str) -> Path:
     """The log of one engine, .refcache/logs/NAME.log; its folder exists on return."""
     folder = workspace() / "logs"

@@ -28,13 +28,15 @@ DISTRIBUTIONS = ("n_tokens", "sum_logp", "token_logp", "grad_norm")
 def command(path: Path, tokenizer: Path | None, extremes: int, trust_remote_code: bool, as_json: bool) -> None:
     """Show what the reference cache in folder PATH holds: identity, size, distributions, extreme rows, drift.
 
-    Log-probs are in nats. Of sketches: groups of parameters, and the norms of the gradients.
+    Log-probs are in nats. Of sketches: groups of parameters, and the norms of the gradients. PATH may be an address in
+    object storage (s3://BUCKET/PATH); its shards are fetched to .refcache/remote and their digests checked.
 
     \b
     Example:
       refcache inspect data/reference/logps
       refcache inspect data/reference/logps --json | jq .token_logp
       refcache inspect data/reference/sketches
+      refcache inspect s3://team/reference/v1
     """
     from pipeline.upkeep.inspection import inspect_reference
 

@@ -8,14 +8,31 @@ from typing import Any
 import click
 
 
+class LocalPath(click.Path):
+    """A path that is none in object storage, which would be taken for a folder of that name."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" in str(value):
+            self.fail(
+                f"{value} is in object storage, and this wants a path on this machine. `refcache inspect` reads a "
+                "reference cache in place; for all else `dvc pull` it, or copy it here (docs/sharing.md).",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
 def path_option(name: str, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A required path that DVC also knows, as a dependency or an output of the stage."""
-    return click.option(name, type=click.Path(path_type=Path), required=True, help=text)
+    return click.option(name, type=LocalPath(), required=True, help=text)
 
 
 def default_path_option(name: str, default: str, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A path with the place where the pipeline puts it as default, for commands that people type."""
-    return click.option(name, type=click.Path(path_type=Path), default=Path(default), show_default=True, help=text)
+    return click.option(name, type=LocalPath(), default=Path(default), show_default=True, help=text)
 
 
 def trust_option(function: Callable[..., Any]) -> Callable[..., Any]:

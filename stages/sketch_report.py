@@ -5,12 +5,12 @@ from typing import Any
 
 import click
 
-from stages.options import default_path_option, trust_option
+from stages.options import LocalPath, default_path_option, trust_option
 from stages.tables import Table, echo_tables, show
 
 
 @click.command(name="sketch-report")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=LocalPath())
 @click.option(
     "--null-weight",
     "null_weights",

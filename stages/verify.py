@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stages.options import default_path_option, params_file_options
+from stages.options import LocalPath, default_path_option, params_file_options
 
 if TYPE_CHECKING:
     from cache.manifest import Shard
@@ -16,7 +16,7 @@ SHOWN_ROWS = 20  # flagged rows that are listed; pipeline.upkeep.drift_check ret
 
 
 @click.command(name="verify")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=LocalPath())
 @click.option("--repair", is_flag=True, help="Move what is damaged to .refcache/damaged; compute only its rows again.")
 @click.option("--drift", is_flag=True, help="Compare with transformers' own forward; with --repair, rescore by it.")
 @click.option("--sample", type=click.IntRange(min=1), help="Responses that --drift forwards.  [default: all]")

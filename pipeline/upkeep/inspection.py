@@ -7,10 +7,11 @@ from typing import Any
 import polars as pl
 
 from cache import Reference, StoredRows, open_reference, open_sketches
-from cache.manifest import read_manifest
+from cache.opening import published_kind
 from cache.sketches import SKETCHES
 from pipeline.errors import RequestError
 from pipeline.reference import drift
+from pipeline.workspace import remote_copies_folder
 
 QUANTILES = {"p01": 0.01, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99}
 BINS_PER_NAT = 1000  # token log-probs are counted in bins, so that memory does not grow with the number of tokens
@@ -21,15 +22,16 @@ Decode = Callable[[list[int]], str]
 def inspect_reference(
     path: Path, *, tokenizer: Path | None, extremes: int, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Identity, size, distributions (nats) and extreme rows of the reference cache in folder `path`, ready for JSON.
+    """Identity, size, distributions (nats) and extreme rows of the reference cache `path`, ready for JSON.
 
+    path: a folder, or an address in object storage, whose shards are fetched to .refcache/remote.
     tokenizer: folder to decode the extreme rows with, or None for no text; extremes: rows at each end of each order.
     Of sketches: groups and norms of gradients instead of tokens and log-probs, and never text. Raises as
     `cache.open_reference`, and RequestError when `tokenizer` holds no tokenizer.
     """
-    if read_manifest(path).kind == SKETCHES:
+    if published_kind(path) == SKETCHES:
         return _inspect_sketches(path, extremes)
-    reference = open_reference(path, expect=None)
+    reference = open_reference(path, expect=None, copies=remote_copies_folder())
     decode = None if tokenizer is None else load_decoder(tokenizer, trust_remote_code=trust_remote_code)
     return {
         **_facts(reference),
@@ -38,12 +40,12 @@ def inspect_reference(
         "sum_logp": _distribution(reference, "sum_logp"),
         "token_logp": _token_distribution(reference),
         "extremes": _extremes(reference, extremes, decode),
-        "drift": _read_drift(path, extremes),
+        "drift": _read_drift(reference, extremes),
     }
 
 
 def _inspect_sketches(path: Path, extremes: int) -> dict[str, Any]:
-    sketches = open_sketches(path, expect=None)
+    sketches = open_sketches(path, expect=None, copies=remote_copies_folder())
     return {
         **_facts(sketches),
         "groups": sketches.identity.widths,
@@ -57,7 +59,7 @@ def _inspect_sketches(path: Path, extremes: int) -> dict[str, Any]:
 
 def _facts(stored: StoredRows) -> dict[str, Any]:
     return {
-        "path": str(stored.path),
+        "path": str(stored.place),
         "kind": stored.manifest.kind,
         "format_version": stored.manifest.format_version,
         "reference_id": stored.manifest.reference_id,
@@ -142,9 +144,11 @@ def load_decoder(folder: Path, *, trust_remote_code: bool = False) -> Decode:
     return lambda ids: str(slow.decode(ids, skip_special_tokens=False))
 
 
-def _read_drift(path: Path, extremes: int) -> dict[str, Any] | None:
+def _read_drift(reference: Reference, extremes: int) -> dict[str, Any] | None:
     """drift.json, of its sampled rows only the `extremes` that drift most."""
-    content = drift.read_drift(path)
+    if reference.remote is not None:
+        reference.remote.fetch_companion(drift.FILE, reference.path)
+    content = drift.read_drift(reference.path)
     if content is None:
         return None
     return drift.summary(content) | {"worst": content.get("sequences", [])[:extremes]}
