@@ -9,6 +9,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple, Protocol, Self
@@ -49,7 +50,8 @@ class Engine(Worker, Protocol):
         """Log-probs of each response's tokens, in the order of rows."""
 
 
-class Engines(NamedTuple):
+@dataclass(frozen=True)
+class Engines:
     """Where engines come from. count: at a time. start: makes one for a place, 0 to count - 1, with the file for what
     it prints; called again, from another thread, where one has died."""
 
