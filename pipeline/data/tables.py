@@ -185,7 +185,7 @@ def scan_sources(folder: Path) -> pl.LazyFrame:
 def iter_responses(folder: Path, columns: Sequence[str], *, rows: int) -> Iterator[pl.DataFrame]:
     """The responses in file order, at most `rows` at a time, so that memory does not grow with the file."""
     scan_responses(folder)
-    with pq.ParquetFile(folder / "responses.parquet") as file:
+    with pq.ParquetFile(folder / "responses.parquet", pre_buffer=False) as file:  # would hold the whole columns
         for batch in file.iter_batches(rows, columns=list(columns)):
             yield pl.DataFrame(batch)
 
