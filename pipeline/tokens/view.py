@@ -58,7 +58,7 @@ class TokenView:
     keys, prompt_keys: (n,) and (prompts,) of dtype S16, whose single items lose zeros at their end (cache/key_set.py:
     key_bytes). prompt_numbers: (n,) int32, of each response's prompt. train: (n,) bool, whether its split is "train".
     flat_responses, flat_prompts: all their ids, int32; those of response i begin at response_starts[i] and end at
-    response_starts[i + 1], (n + 1,), those of prompt number i likewise. All arrays are read-only, and mapped but for the
+    response_starts[i + 1], (n + 1,), those of prompt number i likewise. Arrays are read-only, and mapped but for the
     lengths, which are counted when they are asked for.
     """
 
@@ -70,14 +70,14 @@ class TokenView:
                 "about to be read. Run the same command again, which makes them anew."
             )
         self.path = path
-        arrays = {name: _mapped(path / name, dtype) for name, dtype in FILES.items()}
+        arrays = {name: mapped(path / name, dtype) for name, dtype in FILES.items()}
         self.keys: KeyArray = arrays["response_keys"]
         self.prompt_keys: KeyArray = arrays["prompt_keys"]
         self.prompt_numbers: Ints = arrays["prompt_numbers"]
         self.train: npt.NDArray[np.bool_] = arrays["train"]
         self.flat_responses, self.response_starts = arrays["response_ids"], arrays["response_starts"]
         self.flat_prompts, self.prompt_starts = arrays["prompt_ids"], arrays["prompt_starts"]
-        self._key_order = _mapped(path / KEY_ORDER, np.int64) if (path / KEY_ORDER).exists() else None
+        self._key_order = mapped(path / KEY_ORDER, np.int64) if (path / KEY_ORDER).exists() else None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -118,7 +118,8 @@ class TokenView:
         return np.where(self.keys[rows] == asked, rows, -1)
 
 
-def _mapped(path: Path, dtype: Any) -> npt.NDArray[Any]:
+def mapped(path: Path, dtype: Any) -> npt.NDArray[Any]:
+    """A file of numbers, read-only."""
     # An empty file cannot be mapped. Plain arrays, because slices of np.memmap take several times as long.
     return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.empty(0, dtype)
 
