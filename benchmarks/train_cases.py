@@ -19,8 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 from score_throughput import MODEL, PRESET, first_lines, prepare_and_make_model, stage  # noqa: E402
 
+from pipeline.tokens.examples import open_examples  # noqa: E402
 from pipeline.training.batches import batch_indices  # noqa: E402
-from pipeline.training.pairs import PairBatches  # noqa: E402
 
 # The settings of the training ranks (pipeline/runs/launch.py), for peers too.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30), "OMP_WAIT_POLICY": "PASSIVE"}
@@ -48,11 +48,11 @@ class Case(NamedTuple):
 
     def tokens_by_step(self) -> np.ndarray:
         """Pair tokens of every step: prompt + chosen and prompt + rejected, whatever is computed."""
-        lengths = PairBatches(self.folder / "pairs", "padded").lengths
+        lengths = open_examples(self.folder / "pairs", "train").lengths
         return np.array([lengths[batch].sum() for batch in self.batches()])
 
     def batches(self) -> list[np.ndarray]:
-        pairs = PairBatches(self.folder / "pairs", "padded")
+        pairs = open_examples(self.folder / "pairs", "train")
         groups = pairs.groups if self.batch_order == "prompts" else None
         return [
             batch_indices(step, seed=0, n_examples=len(pairs), batch_size=self.batch_size, groups=groups)
@@ -87,7 +87,7 @@ def prepare(
     prepare_and_make_model(folder, params)
     if dtype == "bfloat16":
         _round_weights(folder / "model/model.safetensors")
-    examples = len(PairBatches(folder / "pairs", "padded"))
+    examples = len(open_examples(folder / "pairs", "train"))
     params["train"] |= {
         "dtype": dtype,
         "batch_size": batch_size,

@@ -20,8 +20,8 @@ from score_peers import Pair, load_pairs, tokenizer_of
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.utils import logging
 
+from pipeline.tokens.examples import open_examples
 from pipeline.training.batches import batch_indices
-from pipeline.training.pairs import PairBatches
 
 
 class StepTimes(TrainerCallback):  # type: ignore[misc]
@@ -49,7 +49,7 @@ def train(pairs: list[Pair], options: argparse.Namespace, *, micro: int, steps: 
         def _get_train_sampler(self, *arguments: Any) -> Any:
             return SequentialSampler(self.train_dataset)
 
-    groups = PairBatches(options.pairs, "padded").groups if options.batch_order == "prompts" else None
+    groups = open_examples(options.pairs, "train").groups if options.batch_order == "prompts" else None
     order = [
         int(index)
         for step in range(steps)

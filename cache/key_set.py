@@ -50,6 +50,12 @@ def key_bytes(keys: KeyArray) -> list[bytes]:
     return found
 
 
+def key_column(keys: KeyArray) -> pa.Array:
+    """The same keys as an Arrow column of binary(16)."""
+    buffer = pa.py_buffer(np.ascontiguousarray(keys).view(np.uint8))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, buffer])
+
+
 def whole_keys(keys: KeyArray) -> npt.NDArray[np.void]:
     """The same keys as dtype V16, whose single items have all 16 bytes: bytes(key)."""
     found: npt.NDArray[np.void] = np.ascontiguousarray(keys).view(WHOLE_KEY)

@@ -5,13 +5,10 @@ uncompressed Arrow IPC file, and their keys as one sorted array; both are mapped
 publication, named by that publication's digest, and can be deleted at any time.
 """
 
-import fcntl
 import hashlib
-import json
-import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache.durable import PARTIAL, sync_file, sync_folder
+from cache.derived import build_once, sole_builder
 from cache.errors import CacheIncomplete, system_errors
 from cache.key_set import KEY, KeyArray, Keys, KeySet, key_array, key_bytes, whole_keys
 from cache.manifest import manifest_bytes
@@ -28,7 +25,8 @@ from cache.schema import KEY_COLUMN, LOGPS_SCHEMA
 
 VIEW_VERSION = 1  # enters the name, so that a view of another layout is never opened
 COLUMNS = ["n_tokens", "sum_logp", "token_ids", "token_logps"]
-ROWS, KEYS, SIZES = "rows.arrow", "keys.bin", "sizes.json"
+ROWS, KEYS = "rows.arrow", "keys.bin"
+_NAME = re.compile("[0-9a-f]{32}")  # whatever else lies in the folder is not a view of a cache
 
 
 class ViewRows(NamedTuple):
@@ -49,10 +47,7 @@ def open_view(reference: Reference, folder: Path) -> "ReferenceView":
     path = view_path(reference, folder)
     kept = "The reference cache is intact."
     with system_errors(f"build the view {path}", kept=kept):
-        if not _is_whole(path):
-            with _sole_builder(folder):
-                if not _is_whole(path):
-                    _build(path, reference)
+        build_once(path, lambda partial: _build(partial, reference))
         return ReferenceView(path, reference)
 
 
@@ -70,8 +65,9 @@ def remove_views(folder: Path, *, keep: list[Reference]) -> list[Path]:
     if not folder.is_dir():
         return []
     kept = {view_path(reference, folder).name for reference in keep}
-    with _sole_builder(folder):
-        old = sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in kept)
+    with sole_builder(folder):
+        named = sorted(path for path in folder.iterdir() if path.is_dir() and _NAME.match(path.name))
+        old = [path for path in named if path.name not in kept]
         for path in old:
             shutil.rmtree(path)
     return old
@@ -149,43 +145,9 @@ def _map_keys(path: Path) -> KeyArray:
     return np.memmap(path, KEY, mode="r") if path.stat().st_size else np.empty(0, KEY)
 
 
-def _is_whole(path: Path) -> bool:
-    """It was renamed into place whole, so this asks for what happens to files later, as when a copy stops half-way."""
-    try:
-        sizes = json.loads((path / SIZES).read_bytes())
-        return bool(sizes == {name: (path / name).stat().st_size for name in (ROWS, KEYS)})
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
-
-
-def _build(path: Path, reference: Reference) -> None:
-    partial = path.with_name(path.name + PARTIAL)
-    for leftover in (partial, path):  # of a killed process, and what is not whole
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir()
-    try:
-        schema = pa.schema([LOGPS_SCHEMA.field(name) for name in (KEY_COLUMN, *COLUMNS)])
-        with open(partial / KEYS, "xb") as keys, pa.ipc.new_file(str(partial / ROWS), schema) as rows:
-            for table in reference.tables(COLUMNS):
-                keys.write(key_array(table[KEY_COLUMN]).tobytes())
-                rows.write_table(table.combine_chunks().cast(schema))
-        sizes = {name: (partial / name).stat().st_size for name in (ROWS, KEYS)}
-        (partial / SIZES).write_text(json.dumps(sizes))
-        for name in (ROWS, KEYS, SIZES):
-            sync_file(partial / name)
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _sole_builder(folder: Path) -> Iterator[None]:
-    """Wait for whoever builds or removes views in `folder`; the system ends the wait when that process dies."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _build(folder: Path, reference: Reference) -> None:
+    schema = pa.schema([LOGPS_SCHEMA.field(name) for name in (KEY_COLUMN, *COLUMNS)])
+    with open(folder / KEYS, "xb") as keys, pa.ipc.new_file(str(folder / ROWS), schema) as rows:
+        for table in reference.tables(COLUMNS):
+            keys.write(key_array(table[KEY_COLUMN]).tobytes())
+            rows.write_table(table.combine_chunks().cast(schema))

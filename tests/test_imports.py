@@ -26,22 +26,34 @@ ARROWS = {
     "sampled": "params model data engine policies reference.identity evaluation.sampling",
     "encoding": "",
     "data": "params model.tokenizer published encoding",
+    "tokens": "data",
     "sketches": "params model trainable forward",
     "auxdpo": "params objectives model trainable forward data",
     "engine": "params model forward sketches",
-    "training": "params objectives model trainable forward data auxdpo",
-    "reference": "params model forward data sketches engine",
+    "training": "params objectives model trainable forward data tokens auxdpo",
+    "reference": "params model forward data tokens sketches engine",
     "policies": "params model trainable engine",
     "harness": "params model engine policies",
-    "evaluation": "params model data engine policies harness reference.identity",
-    "runs": "params model trainable forward data training auxdpo.requirements auxdpo.rank_share"
+    "evaluation": "params model data tokens engine policies harness reference.identity",
+    "runs": "params model trainable forward data tokens training auxdpo.requirements auxdpo.rank_share"
     " reference.identity reference.drift",
-    "upkeep": "params model trainable forward data sketches auxdpo engine.rows reference",
+    "upkeep": "params model trainable forward data tokens sketches auxdpo engine.rows reference",
 }
 OPEN = {"errors", "files", "hub", "progress", "workspace"}  # modules of pipeline/ itself, for every room
 ENGINES = {"vllm": "pipeline/engine/vllm_engine.py", "deepspeed": "pipeline/training/deepspeed_engine.py"}
-ENGINE_FREE = ["params", "objectives", "report", "model", "trainable", "forward", "published", "encoding", "data"]
-ENGINE_FREE += ["sketches", "auxdpo"]
+ENGINE_FREE = [
+    "params",
+    "objectives",
+    "report",
+    "model",
+    "trainable",
+    "forward",
+    "published",
+    "encoding",
+    "data",
+    "tokens",
+]
+ENGINE_FREE += ["tokens", "sketches", "auxdpo"]
 TORCH_FREE = ["cache", "pipeline.params", "pipeline.report", "pipeline.upkeep.inspection", "pipeline.upkeep.garbage"]
 
 

@@ -124,12 +124,16 @@ def read_sft(path: Path) -> pl.DataFrame:
 
 
 def read_pairs(folder: Path, split: str | None = None) -> pl.DataFrame:
-    pairs = _read(folder / "pairs.parquet", PAIRS_SCHEMA)
-    return pairs if split is None else pairs.filter(pl.col("split") == split)
+    return _of_split(scan_pairs(folder), split)
 
 
-def read_responses(folder: Path) -> pl.DataFrame:
-    return _read(folder / "responses.parquet", RESPONSES_SCHEMA)
+def read_responses(folder: Path, split: str | None = None) -> pl.DataFrame:
+    return _of_split(scan_responses(folder), split)
+
+
+def _of_split(rows: pl.LazyFrame, split: str | None) -> pl.DataFrame:
+    """None: all. The others are dropped while the file is read."""
+    return rows.collect() if split is None else rows.filter(pl.col("split") == split).collect()
 
 
 def scan_pairs(folder: Path) -> pl.LazyFrame:
@@ -185,7 +189,7 @@ def scan_sources(folder: Path) -> pl.LazyFrame:
 def iter_responses(folder: Path, columns: Sequence[str], *, rows: int) -> Iterator[pl.DataFrame]:
     """The responses in file order, at most `rows` at a time, so that memory does not grow with the file."""
     scan_responses(folder)
-    with pq.ParquetFile(folder / "responses.parquet") as file:
+    with pq.ParquetFile(folder / "responses.parquet", pre_buffer=False) as file:  # would hold the whole columns
         for batch in file.iter_batches(rows, columns=list(columns)):
             yield pl.DataFrame(batch)
 

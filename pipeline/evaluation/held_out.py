@@ -26,6 +26,6 @@ def read_held_out(pairs: Path, cached: Reference) -> HeldOut:
             f"{pairs} has no test pairs, so there is nothing to evaluate on. Set prepare.test_share above 0, or name "
             "prepare.files.test_pairs or prepare.hub.test_split (beside unpaired feedback: pairs), and run `dvc repro`."
         )
-    responses = read_responses(pairs).filter(pl.col("split") == "test")
+    responses = read_responses(pairs, "test")
     cached.rows(responses["response_key"], ["sum_logp"])  # incomplete? say so before minutes of sampling
     return HeldOut(test, responses, cached)

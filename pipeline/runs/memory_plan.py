@@ -23,6 +23,7 @@ from pipeline.forward.logps import ResponseLogps, TokenBatch
 from pipeline.model.opening import model_of_config
 from pipeline.model.parts import causal_model, text_config
 from pipeline.params import AnyVariant, AuxDPO, LoopParams, Trainable
+from pipeline.tokens.examples import open_examples
 from pipeline.trainable.selection import select_trainable
 from pipeline.training.batches import batch_indices, micro_batches, steps_for
 from pipeline.training.pairs import PairBatches
@@ -67,7 +68,8 @@ def plan_memory(
     where it lacks its sketches.
     """
     layout = "shared_prompts" if loop.layout == "auto" else loop.layout
-    batches = PairBatches(pairs, layout, feedback=objective is not None and objective.reads_feedback)
+    feedback = objective is not None and objective.reads_feedback
+    batches = PairBatches(open_examples(pairs, "train", feedback=feedback), layout)
     micro = _largest_micro_batch(batches, loop)
     with torch.device("meta"):  # peft knows this device, and not fake tensors
         policy: Any = model_of_config(model, dtype=getattr(torch, loop.dtype), trust_remote_code=trust_remote_code)
@@ -85,7 +87,7 @@ def plan_memory(
         "logits": _logits(logps.head, len(tokens.targets)),
     }
     if isinstance(objective, AuxDPO):
-        parts |= planned_bytes(sketches, batches.keys, objective, loop.ranks)
+        parts |= planned_bytes(sketches, batches.examples.key_table, objective, loop.ranks)
     parts["program"] = PROGRAM_BYTES
     return MemoryPlan(
         parts=parts,

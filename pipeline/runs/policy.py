@@ -6,22 +6,17 @@ What a rank does begins in training/rank.py, and its loop is training/loop.py.
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
-from cache import require_keys
 from pipeline.auxdpo.requirements import open_fitting, require_responses
-from pipeline.data.splitting import held_out_rows
-from pipeline.data.tables import PAIR_SIDES, scan_examples
 from pipeline.errors import RequestError
 from pipeline.params import AnyVariant, AuxDPO, LoopParams, Trainable, TrainParams, variant_loop
 from pipeline.reference.drift import check_drift
 from pipeline.reference.identity import open_for_model
 from pipeline.runs.launch import launch, publish, require_steps
 from pipeline.runs.work_folder import file_digest, work_folder
+from pipeline.tokens.examples import Examples, open_examples, with_reference_sums
 from pipeline.training.job import Job
 from pipeline.training.record import EVALUATIONS, last_row
 from pipeline.training.trackers import require_trackers
-from pipeline.workspace import scratch_folder
 
 
 def train_policy(
@@ -49,18 +44,19 @@ def train_policy(
     """
     settings = variant_loop(params, variant)
     objective = params.variant(variant)
-    train_pairs, needed = _pairs_of_splits(pairs, settings, feedback=objective.reads_feedback)
+    examples = _examples_of_splits(pairs, settings, feedback=objective.reads_feedback)
+    train_pairs = len(examples["train"])
     require_steps(settings, train_pairs, "train")
     require_trackers(settings.log_to)
     cached = open_for_model(reference, model)
-    require_keys(cached, needed.to_arrow().to_batches(), scratch=scratch_folder())
+    examples = {split: with_reference_sums(of_split, cached) for split, of_split in examples.items()}
     check_drift(cached, dtype=settings.dtype, tolerance=settings.drift_tolerance)
     paths = {"pairs": pairs, "model": model, "reference": reference, "tokenizer": model}
     table = "feedback" if objective.reads_feedback else "pairs"
     inputs = [pairs / f"{table}.parquet", pairs / "responses.parquet", reference / "manifest.json"]
     if isinstance(objective, AuxDPO):
         digests = {"weights": cached.identity.weights, "config": cached.identity.config}
-        paths["sketches"] = _fitting_sketches(sketches, pairs, objective, trainable=trainable, **digests)
+        paths["sketches"] = _fitting_sketches(sketches, examples["train"], objective, trainable=trainable, **digests)
         inputs.append(paths["sketches"] / "manifest.json")
     job = Job(
         kind="preferences",
@@ -70,6 +66,7 @@ def train_policy(
         settings=_task_settings(settings, objective, trainable, trust_remote_code),
         seed=seed,
         log_to=tuple(settings.log_to),
+        examples={split: list(of_split.places) for split, of_split in examples.items()},
     )
     work = work_folder(job, cached.identity.weights, cached.identity.config, *map(file_digest, inputs))
     summary = launch(job, work, loop=settings, n_examples=train_pairs)
@@ -92,10 +89,10 @@ def train_policy(
     return summary
 
 
-def _fitting_sketches(sketches: Path | None, pairs: Path, objective: AuxDPO, **model: Any) -> Path:
+def _fitting_sketches(sketches: Path | None, pairs: Examples, objective: AuxDPO, **model: Any) -> Path:
     """The folder, if it holds what AuxDPO needs; raises as open_fitting and require_responses."""
     found = open_fitting(sketches, **model)
-    require_responses(found, _sides(pairs, "train"), objective)
+    require_responses(found, pairs.key_table, objective)
     return found.path
 
 
@@ -116,20 +113,17 @@ def _task_settings(
     }
 
 
-def _pairs_of_splits(pairs: Path, settings: TrainParams, *, feedback: bool) -> tuple[int, pl.DataFrame]:
-    """The number of training pairs (feedback: of its rows), and the two responses of every one that this run reads."""
-    train, test = (_sides(pairs, split, feedback=feedback) for split in ("train", "test"))
-    if train.is_empty():
+def _examples_of_splits(pairs: Path, settings: TrainParams, *, feedback: bool) -> dict[str, Examples]:
+    """Of "train", and of "test" as far as this run measures it."""
+    train = open_examples(pairs, "train", feedback=feedback)
+    if not len(train):
         raise RequestError(f"{pairs} has no training pairs. Add pairs, or lower prepare.test_share.")
     if not settings.evaluate_every:
-        return len(train), train
-    if test.is_empty():
+        return {"train": train}
+    test = open_examples(pairs, "test", feedback=feedback, most=settings.evaluate_pairs)
+    if not len(test):
         raise RequestError(
             f"train.evaluate_every is {settings.evaluate_every}, but {pairs} holds no pair out of training. "
             "Raise prepare.test_share, name test pairs in prepare, or set train.evaluate_every: 0."
         )
-    return len(train), pl.concat([train, test[held_out_rows(len(test), settings.evaluate_pairs)]])
-
-
-def _sides(pairs: Path, split: str, *, feedback: bool = False) -> pl.DataFrame:
-    return scan_examples(pairs, split, feedback=feedback).select(PAIR_SIDES).collect()
+    return {"train": train, "test": test}

@@ -190,7 +190,7 @@ def _write_pairs(folder: Path, chosen: pl.DataFrame, answers: pl.DataFrame, prep
     used = pl.concat([chosen["chosen_key"], chosen["rejected_key"]]).unique().implode()
     sampled = answers.filter(pl.col("response_key").is_in(used)).unique("response_key", keep="first")
     sampled = sampled.with_columns(split=pl.lit("train"), reward=pl.col("score").cast(pl.Float32))
-    held_out = read_responses(prepared).filter(pl.col("split") == "test")
+    held_out = read_responses(prepared, "test")
     rows = pl.concat([sampled.select(RESPONSES_SCHEMA.names), held_out.select(RESPONSES_SCHEMA.names)])
     responses: pa.Table = rows.sort("response_key").to_arrow().cast(RESPONSES_SCHEMA)
     write_table(responses, folder / "responses.parquet", RESPONSES_SCHEMA)

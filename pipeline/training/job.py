@@ -1,6 +1,6 @@
 """What a training run is told: the content of its job file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # Files of a run's work folder through which the stage and its ranks speak.
@@ -18,3 +18,4 @@ class Job:
     settings: dict[str, Any]
     seed: int
     log_to: tuple[str, ...] = ()  # trackers
+    examples: dict[str, Any] = field(default_factory=dict)  # of preferences: tokens.examples.Places by split

@@ -8,7 +8,6 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from cache import join_sum_logps, open_reference
 from pipeline.auxdpo.offsets import Offsets, summarise_shares
 from pipeline.auxdpo.rank_share import open_offsets, require_adapter
 from pipeline.data.tables import name_examples
@@ -20,6 +19,7 @@ from pipeline.model.opening import open_model
 from pipeline.model.parts import causal_model, disable_dropout
 from pipeline.objectives import OBJECTIVES, FeedbackLogps, PairLogps, kto
 from pipeline.params import AuxDPO, LoopParams, Trainable
+from pipeline.tokens.examples import Examples, Places
 from pipeline.trainable.selection import select_trainable
 from pipeline.training.deepspeed_engine import Engine, divided_from_the_start
 from pipeline.training.held_out import HeldOutPairs
@@ -27,7 +27,6 @@ from pipeline.training.job import Job
 from pipeline.training.loop import TrainingRun, micro_steps_for
 from pipeline.training.pairs import PairBatches
 from pipeline.training.start_check import StartCheck
-from pipeline.workspace import scratch_folder
 
 
 class PreferenceTask:
@@ -37,6 +36,7 @@ class PreferenceTask:
 
     def __init__(
         self,
+        examples: Examples,
         pairs: Path,
         reference: Path,
         *,
@@ -45,25 +45,22 @@ class PreferenceTask:
         reward_beta: float,
         drift_tolerance: float,
         layout: str,
-        split: str = "train",
-        most: int | None = None,
     ) -> None:
-        """objective: a key of OBJECTIVES. split: "train" or "test"; most: take no more than so many pairs of it.
+        """examples: with their reference sums. objective: a key of OBJECTIVES. layout: "padded", "packed" or
+        "shared_prompts". reward_beta: inverse temperature of the reward metrics.
 
-        layout: "padded", "packed" or "shared_prompts". reward_beta: inverse temperature of the reward metrics.
-
+        pairs, reference: where people find what the examples were made of, for messages.
         drift_tolerance: nats a response by which the policy may differ from the cached reference at the start.
         """
         self.objective, self.hyperparameters = OBJECTIVES.get(objective), hyperparameters
         self.offsets: Offsets | None = None  # AuxDPO's; they take the objective's place
         self.kernels: dict[str, str] = {}  # which ones the policy has, for the metrics
         self.beta = reward_beta
-        self.pairs = PairBatches(pairs, layout, split=split, most=most, feedback=self.feedback)
+        self.pairs = PairBatches(examples, layout)
         self.layout, self.lengths, self.groups = layout, self.pairs.lengths, self.pairs.groups
         self.start = StartCheck(reference, pairs, drift_tolerance, feedback=self.feedback)
-        self.reference_logps = join_sum_logps(
-            open_reference(reference, expect=None), self.pairs.keys.to_arrow().to_batches(), scratch=scratch_folder()
-        )
+        assert examples.reference_sums is not None
+        self.reference_logps = examples.reference_sums
 
     def tokens(self, examples: np.ndarray) -> int:
         return self.pairs.tokens(examples)
@@ -195,7 +192,9 @@ def start(job: Job, loop: LoopParams) -> TrainingRun:
         require_adapter(Path(job.paths["sketches"]), model)
     engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
     if offset_params:
-        task.offsets = open_offsets(Path(job.paths["sketches"]), task.pairs.keys, task.groups, offset_params, engine)
+        task.offsets = open_offsets(
+            Path(job.paths["sketches"]), task.pairs.examples.key_table, task.groups, offset_params, engine
+        )
     return TrainingRun(engine, task, model, _held_out(job, loop, task), task.offsets)
 
 
@@ -205,16 +204,17 @@ def _offset_params(job: Job) -> AuxDPO | None:
     return AuxDPO.model_validate({"objective": "auxdpo"} | job.settings["hyperparameters"])
 
 
-def open_task(job: Job, layout: str, *, split: str = "train", most: int | None = None) -> PreferenceTask:
+def open_task(job: Job, layout: str, *, split: str = "train") -> PreferenceTask:
     """Without offsets: those of held-out pairs are zero, where AuxDPO's loss is DPO's."""
     names = ("objective", "hyperparameters", "reward_beta", "drift_tolerance")
     settings = {name: job.settings[name] for name in names}
+    examples = Examples(Places(*job.examples[split]))
     paths = (Path(job.paths[name]) for name in ("pairs", "reference"))
     if settings["objective"] == "kto":
-        return FeedbackTask(*paths, **settings, layout=layout, split=split, most=most)
+        return FeedbackTask(examples, *paths, **settings, layout=layout)
     if settings["objective"] == "auxdpo":
         settings |= {"objective": "dpo", "hyperparameters": {"beta": settings["reward_beta"]}}
-    return PreferenceTask(*paths, **settings, layout=layout, split=split, most=most)
+    return PreferenceTask(examples, *paths, **settings, layout=layout)
 
 
 def _held_out(job: Job, loop: LoopParams, task: PreferenceTask) -> HeldOutPairs | None:
@@ -222,5 +222,4 @@ def _held_out(job: Job, loop: LoopParams, task: PreferenceTask) -> HeldOutPairs 
     every = job.settings["evaluate_every"]
     if not every:
         return None
-    most = job.settings["evaluate_pairs"]
-    return HeldOutPairs(open_task(job, task.layout, split="test", most=most), loop, every=every)
+    return HeldOutPairs(open_task(job, task.layout, split="test"), loop, every=every)

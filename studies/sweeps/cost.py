@@ -75,13 +75,14 @@ def online_reference(params: "Params", pairs: Path, model: Path, seed: int) -> C
 
     from pipeline.forward.layout import choose_layout
     from pipeline.forward.logps import ResponseLogps
+    from pipeline.tokens.examples import open_examples
     from pipeline.training.batches import batch_indices, micro_batches, steps_for
     from pipeline.training.loop import ordered_groups
     from pipeline.training.pairs import PairBatches
     from studies.measure.policies import load_model
 
     loop, loaded = params.train, load_model(model)
-    table = PairBatches(pairs, choose_layout(loaded, loop.layout, best="shared_prompts"))
+    table = PairBatches(open_examples(pairs, "train"), choose_layout(loaded, loop.layout, best="shared_prompts"))
     forward = ResponseLogps(loaded, loop.logps_chunk_tokens)
     started, cpu = time.perf_counter(), time.process_time()
     with torch.inference_mode():

@@ -5,7 +5,17 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from cache import CacheIncomplete, key_bytes, open_reference, open_view, publish_reference, remove_views, shards, view
+from cache import (
+    CacheIncomplete,
+    derived,
+    key_bytes,
+    open_reference,
+    open_view,
+    publish_reference,
+    remove_views,
+    shards,
+    view,
+)
 from tests.cache import processes
 from tests.cache.rows import identity, keys_of, make_rows
 
@@ -107,7 +117,7 @@ def test_a_torn_view_is_built_anew(reference, views):
     for damage in (
         lambda: (path / view.ROWS).write_bytes((path / view.ROWS).read_bytes()[:-1]),
         lambda: (path / view.KEYS).unlink(),
-        lambda: (path / view.SIZES).write_text("{"),
+        lambda: (path / derived.SIZES).write_text("{"),
     ):
         damage()
         require_equal([*ROWS], open_view(reference, views).rows([*ROWS]))

@@ -1,0 +1,1 @@
+"""Token ids of a prepared folder, memory-mapped."""
