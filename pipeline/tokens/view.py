@@ -57,7 +57,9 @@ class TokenView:
 
     keys, prompt_keys: (n,) and (prompts,) of dtype S16, whose single items lose zeros at their end (cache/key_set.py:
     key_bytes). prompt_numbers: (n,) int32, of each response's prompt. train: (n,) bool, whether its split is "train".
-    All arrays are read-only, and mapped but for the lengths, which are counted when they are asked for.
+    flat_responses, flat_prompts: all their ids, int32; those of response i begin at response_starts[i] and end at
+    response_starts[i + 1], (n + 1,), those of prompt number i likewise. All arrays are read-only, and mapped but for
+    the lengths, which are counted when they are asked for.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,37 +75,36 @@ class TokenView:
         self.prompt_keys: KeyArray = arrays["prompt_keys"]
         self.prompt_numbers: Ints = arrays["prompt_numbers"]
         self.train: npt.NDArray[np.bool_] = arrays["train"]
-        self._responses, self._starts = arrays["response_ids"], arrays["response_starts"]
-        self._prompts, self._prompt_starts = arrays["prompt_ids"], arrays["prompt_starts"]
+        self.flat_responses, self.response_starts = arrays["response_ids"], arrays["response_starts"]
+        self.flat_prompts, self.prompt_starts = arrays["prompt_ids"], arrays["prompt_starts"]
         self._key_order = _mapped(path / KEY_ORDER, np.int64) if (path / KEY_ORDER).exists() else None
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def response_ids(self, row: int) -> Ints:
-        return self._responses[self._starts[row] : self._starts[row + 1]]
+        return self.flat_responses[self.response_starts[row] : self.response_starts[row + 1]]
 
     def prompt_ids(self, row: int) -> Ints:
         """Of the prompt of response `row`."""
         number = self.prompt_numbers[row]
-        return self._prompts[self._prompt_starts[number] : self._prompt_starts[number + 1]]
+        return self.flat_prompts[self.prompt_starts[number] : self.prompt_starts[number + 1]]
 
     def gather(self, rows: npt.NDArray[Any]) -> Sequences:
         """In the order asked, and as often."""
         numbers = self.prompt_numbers[rows]
-        return Sequences(
-            _slices(self._prompts, self._prompt_starts, numbers), _slices(self._responses, self._starts, rows)
-        )
+        prompts = _slices(self.flat_prompts, self.prompt_starts, numbers)
+        return Sequences(prompts, _slices(self.flat_responses, self.response_starts, rows))
 
     @property
     def response_lengths(self) -> Ints:
         """Tokens of each response, (n,)."""
-        return _lengths(self._starts)
+        return _lengths(self.response_starts)
 
     @property
     def prompt_lengths(self) -> Ints:
         """Tokens of each response's prompt, (n,)."""
-        return _lengths(self._prompt_starts)[self.prompt_numbers]
+        return _lengths(self.prompt_starts)[self.prompt_numbers]
 
     def rows_of(self, keys: Keys) -> npt.NDArray[np.int64]:
         """At which row each of `keys` stands, (len(keys),); -1 where it does not."""
