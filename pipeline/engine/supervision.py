@@ -17,7 +17,7 @@ import polars as pl
 
 from pipeline.engine.probe import Probe, make_probe
 from pipeline.engine.process import EngineProcess, Scored
-from pipeline.engine.rows import SKETCHED, EngineLength, Row, calls, engine_length, engine_rows, longest_row
+from pipeline.engine.rows import SKETCHED, EngineLength, Row, calls, engine_length, engine_rows
 from pipeline.errors import EngineFailed, RunFailed
 from pipeline.model.limits import ModelLimits
 from pipeline.params import ScoreParams
@@ -67,13 +67,14 @@ class SupervisedEngine:
             old.unlink()  # of an earlier run, which would pass for this one's
         self._engine: EngineProcess | None = self._start()
 
-    def load_for(self, rows: pl.DataFrame, limits: ModelLimits, plan: HeadPlan | None = None) -> str:
-        """Build the engine for `rows`, which the model can take, check it by a probe, and return its backend.
+    def load_for(self, longest: int, limits: ModelLimits, plan: HeadPlan | None = None) -> str:
+        """Build the engine for rows of up to `longest` tokens, prompts included, check it by a probe, and return its
+        backend.
 
         plan: of sketches for the rows that are marked in their column SKETCHED. An engine that fails now would fail
         again: EngineFailed is final here. Raises RequestError for lengths that the params don't allow.
         """
-        length = engine_length(longest_row(rows), limits, self._params, what="responses with their prompts")
+        length = engine_length(longest, limits, self._params, what="responses with their prompts")
         probe = make_probe(
             self._model,
             vocabulary=limits.vocabulary,
