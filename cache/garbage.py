@@ -6,16 +6,19 @@ moment, there is the old journal or the new one, and what was half-written is re
 
 import os
 import shutil
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from cache.durable import sync_folder
 from cache.errors import system_errors
 from cache.identity import IDENTITY
-from cache.journal import FRAME, HEADER, Journal, find_frames, require_header
+from cache.journal import FRAME, HEADER, Journal, find_frames, key_table, require_header
+from cache.key_set import Keys, KeySet, key_array
 from cache.schema import KEY_COLUMN, LOGPS, conform
 from cache.sketches import kind_of_columns
 
@@ -45,6 +48,12 @@ def peek_journal(folder: Path) -> Iterator[tuple[int, pa.Table]]:
     what it appends meanwhile may or may not be seen. Nothing for a folder without a journal. Raises CacheCorrupt for a
     file that is no journal and CacheMismatch for one of a newer version.
     """
+    for length, payload in _payloads(folder):
+        rows = pa.ipc.open_stream(payload).read_all()
+        yield length, conform(rows, kind_of_columns(rows.schema))
+
+
+def _payloads(folder: Path) -> Iterator[tuple[int, bytes]]:
     with system_errors(f"read the journal {folder / FILE}", kept="Nothing was changed."):
         try:
             file = os.open(folder / FILE, os.O_RDONLY)
@@ -53,43 +62,69 @@ def peek_journal(folder: Path) -> Iterator[tuple[int, pa.Table]]:
         try:
             require_header(folder / FILE, os.pread(file, len(HEADER), 0))
             for start, stop in find_frames(file):
-                payload = os.pread(file, stop - start - FRAME.size, start + FRAME.size)
-                rows = pa.ipc.open_stream(payload).read_all()
-                yield stop - start, conform(rows, kind_of_columns(rows.schema))
+                yield stop - start, os.pread(file, stop - start - FRAME.size, start + FRAME.size)
         finally:
             os.close(file)
 
 
 def journalled_keys(folder: Path) -> set[bytes]:
     """The response keys in the journal of `folder`; as `peek_journal`."""
-    return {key for _, rows in peek_journal(folder) for key in rows[KEY_COLUMN].to_pylist()}
+    return {key for table in journalled_key_tables(folder) for key in table[KEY_COLUMN].to_pylist()}
 
 
-def plan_compaction(folder: Path, needed: Set[bytes] | None) -> Compaction:
+def journalled_key_tables(folder: Path) -> Iterator[pa.Table]:
+    """As `Journal.key_tables`, of the journal in `folder`; as `peek_journal`."""
+    return (key_table(payload) for _, payload in _payloads(folder))
+
+
+class _FirstOf:
+    """Which rows of a journal, batch by batch, are the first of a needed key; needed None: all of them.
+
+    Memory holds a byte for each needed key, and the keys where they are no KeySet yet.
+    """
+
+    def __init__(self, needed: "Keys | None") -> None:
+        self._needed = needed if needed is None or isinstance(needed, KeySet) else KeySet(needed)
+        self._seen = np.zeros(0 if self._needed is None else len(self._needed), np.bool_)
+
+    def __call__(self, rows: pa.Table) -> npt.NDArray[np.bool_]:
+        if self._needed is None:
+            return np.ones(rows.num_rows, np.bool_)
+        places = self._needed.positions(key_array(rows[KEY_COLUMN]))
+        kept = places >= 0
+        kept[kept] = ~self._seen[places[kept]]
+        _, first = np.unique(places[kept], return_index=True)
+        new = np.flatnonzero(kept)[first]
+        self._seen[places[new]] = True
+        kept[:] = False
+        kept[new] = True
+        return kept
+
+
+def plan_compaction(folder: Path, needed: "Keys | None") -> Compaction:
     """What `compact_journal` would do; changes nothing, not even a lock file. needed None: what is there."""
-    seen: set[bytes] = set()
-    rows = {True: 0, False: 0}
-    size = {True: 0.0, False: 0.0}
+    first_of = _FirstOf(needed)
+    kept_rows = dropped_rows = 0
+    dropped_bytes = 0.0
     for length, table in peek_journal(folder):
+        kept = first_of(table)
         # What a row takes goes by its tokens; sketches are all of one size.
-        parts = table["n_tokens"].to_pylist() if "n_tokens" in table.column_names else [1] * table.num_rows
-        for key, part in zip(table[KEY_COLUMN].to_pylist(), parts, strict=True):
-            kept = needed is None or (key in needed and key not in seen)
-            seen.add(key)
-            rows[kept] += 1
-            size[kept] += length * part / sum(parts)
+        parts = table["n_tokens"].to_numpy() if "n_tokens" in table.column_names else np.ones(table.num_rows)
+        kept_rows += int(kept.sum())
+        dropped_rows += int((~kept).sum())
+        dropped_bytes += length * float(parts[~kept].sum()) / max(1.0, float(parts.sum()))
     whole = (folder / FILE).stat().st_size if (folder / FILE).exists() else 0
-    dropped = round(size[False])
+    dropped = round(dropped_bytes)
     return Compaction(
         folder=folder,
-        kept_rows=rows[True],
-        dropped_rows=rows[False],
+        kept_rows=kept_rows,
+        dropped_rows=dropped_rows,
         kept_bytes=whole - dropped,
         dropped_bytes=dropped,
     )
 
 
-def compact_journal(folder: Path, needed: Set[bytes]) -> Compaction:
+def compact_journal(folder: Path, needed: Keys) -> Compaction:
     """Drop the rows of the journal in `folder` whose keys are not in `needed`, and rows that repeat a key.
 
     Every other row stays, bit for bit. Raises CacheLocked while another process writes there, and CacheError, with the
@@ -116,12 +151,12 @@ def compact_journal(folder: Path, needed: Set[bytes]) -> Compaction:
     )
 
 
-def _copy(journal: Journal, needed: Set[bytes], building: Path) -> int:
+def _copy(journal: Journal, needed: Keys, building: Path) -> int:
     empty = journal.kind.schema.empty_table()
-    gathered, rows = [empty], 0
+    gathered, rows, first_of = [empty], 0, _FirstOf(needed)
     with Journal(building, journal.kind) as copy:
-        for table in journal.tables():
-            wanted = table.filter(pa.array([key in needed for key in table[KEY_COLUMN].to_pylist()], pa.bool_()))
+        for table in journal.batches():
+            wanted = table.filter(pa.array(first_of(table)))
             rows += wanted.num_rows
             gathered.append(wanted)
             if sum(part.nbytes for part in gathered) > FRAME_BYTES:

@@ -115,7 +115,7 @@ class Journal:
     def tables(self) -> Iterator[pa.Table]:
         """The journalled rows, one table per appended batch, in order; of a repeated key only the first row."""
         seen = set[bytes]()
-        for table in self._batches():
+        for table in self.batches():
             yield _without_repeats(table, seen)
 
     def keys(self) -> set[bytes]:
@@ -124,21 +124,26 @@ class Journal:
 
     def key_set(self) -> KeySet:
         """As `keys`, in 16 bytes of memory a row (and as much again while they are gathered)."""
-        file, found = self._opened(), []
-        for start, stop in self._frames:
-            table = _from_ipc(os.pread(file, stop - start - FRAME.size, start + FRAME.size), only_keys=True)
-            # Copied, or it would keep its whole frame in memory.
-            found.append(key_array(table[KEY_COLUMN]).copy())
+        # Copied, or each would keep its whole frame in memory.
+        found = [key_array(table[KEY_COLUMN]).copy() for table in self.key_tables()]
         return KeySet(np.concatenate([key_array(()), *found]))
+
+    def key_tables(self) -> Iterator[pa.Table]:
+        """The response keys of the journalled rows, one table per appended batch, repeated ones included."""
+        file = self._opened()
+        for start, stop in self._frames:
+            yield key_table(os.pread(file, stop - start - FRAME.size, start + FRAME.size))
 
     def by_partition(self, keys: KeySet, bits: int, spill_to: Path) -> PartitionRows:
         """The rows of `keys` by partition, as cache.publish takes them; most of them wait in the folder."""
         spill = Spill(spill_to, bits)
-        for rows in self._batches():
-            spill.add(rows.filter(keys.contains(key_array(rows[KEY_COLUMN]))))
+        for rows in self.batches():
+            wanted = keys.contains(key_array(rows[KEY_COLUMN]))
+            spill.add(rows if wanted.all() else rows.filter(wanted))
         return lambda number, _: spill.take(number)
 
-    def _batches(self) -> Iterator[pa.Table]:
+    def batches(self) -> Iterator[pa.Table]:
+        """As `tables`, with the rows of repeated keys, and in memory that does not follow the rows."""
         file = self._opened()
         for start, stop in self._frames:
             yield conform(_from_ipc(os.pread(file, stop - start - FRAME.size, start + FRAME.size)), self.kind)
@@ -209,8 +214,12 @@ def _to_ipc(rows: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _from_ipc(payload: bytes, *, only_keys: bool = False) -> pa.Table:
-    options = pa.ipc.IpcReadOptions(included_fields=[0]) if only_keys else None  # keys come first
+def key_table(payload: bytes) -> pa.Table:
+    """The keys of a frame, without decompressing its other columns."""
+    return _from_ipc(payload, pa.ipc.IpcReadOptions(included_fields=[0]))  # keys come first
+
+
+def _from_ipc(payload: bytes, options: pa.ipc.IpcReadOptions | None = None) -> pa.Table:
     try:
         return pa.ipc.open_stream(payload, options=options).read_all()
     except pa.ArrowInvalid as error:  # the CRC matched, so this was written by another program

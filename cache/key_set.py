@@ -43,17 +43,17 @@ def key_array(keys: Keys) -> KeyArray:
     return raw[0] if len(raw) == 1 else np.concatenate([np.empty(0, KEY), *raw])
 
 
+def key_column(keys: KeyArray) -> pa.Array:
+    """The inverse of `key_array` for an Arrow column."""
+    buffer = pa.py_buffer(np.ascontiguousarray(keys).view(np.uint8))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, buffer])
+
+
 def key_bytes(keys: KeyArray) -> list[bytes]:
-    """The inverse of `key_array`."""
+    """The inverse of `key_array` for a list of bytes."""
     # As strings, numpy would drop trailing zeros.
     found: list[bytes] = whole_keys(keys).tolist()
     return found
-
-
-def key_column(keys: KeyArray) -> pa.Array:
-    """The same keys as an Arrow column of binary(16)."""
-    buffer = pa.py_buffer(np.ascontiguousarray(keys).view(np.uint8))
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, buffer])
 
 
 def whole_keys(keys: KeyArray) -> npt.NDArray[np.void]:
@@ -107,6 +107,9 @@ class KeySet:
     def __or__(self, other: "KeySet") -> "KeySet":
         return KeySet(np.concatenate([self.array, other.array]))
 
+    def __and__(self, other: "KeySet") -> "KeySet":
+        return KeySet.from_sorted(self.array[other.contains(self.array)])
+
     def __sub__(self, other: "KeySet") -> "KeySet":
         return KeySet.from_sorted(self.array[~other.contains(self.array)])
 
@@ -126,6 +129,11 @@ class KeySet:
     def contains(self, keys: KeyArray) -> npt.NDArray[np.bool_]:
         """Which of `keys` are in the set, (len(keys),)."""
         return self.positions(keys) >= 0
+
+    def shared_with(self, other: "KeySet") -> int:
+        """How many keys both have."""
+        starts = range(0, len(self), ITERATED)
+        return sum(int(np.count_nonzero(other.contains(self.array[s : s + ITERATED]))) for s in starts)
 
     def partition(self, number: int, bits: int) -> "KeySet":
         """Those whose leading `bits` bits are `number`; a view."""

@@ -72,7 +72,11 @@ class StoredRows:
 
     def key_set(self) -> KeySet:
         """As `keys`, in 16 bytes of memory a row."""
-        return KeySet(np.concatenate([key_array(()), *(key_array(rows[KEY_COLUMN]) for rows in self.tables([]))]))
+        return KeySet(np.concatenate([key_array(()), *(key_array(rows[KEY_COLUMN]) for rows in self.key_tables())]))
+
+    def key_tables(self) -> Iterator[pa.Table]:
+        """The response keys of all rows, in order, some at a time."""
+        return self.tables([])
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """response_key and `columns` of all rows in the order of keys, up to 10,000 rows at a time."""

@@ -91,12 +91,21 @@ def logps_table(
         n_prompt_tokens,
         [values.size for values in floats],
         # Sum in float64: over 2,000 tokens float32 loses more than the drift we promise to measure.
-        [float(values.sum(dtype=np.float64)) for values in floats],
-        [np.asarray(ids, dtype=np.int32) for ids in token_ids],
-        floats,
+        [float(np.add.reduce(values, dtype=np.float64)) for values in floats],
+        _lists([np.asarray(ids, dtype=np.int32) for ids in token_ids], np.int32),
+        _lists(floats, np.float32),
     ]
-    arrays = [pa.array(column, type=field.type) for column, field in zip(columns, LOGPS_SCHEMA, strict=True)]
+    arrays = [
+        column if isinstance(column, pa.Array) else pa.array(column, type=field.type)
+        for column, field in zip(columns, LOGPS_SCHEMA, strict=True)
+    ]
     return pa.table(arrays, schema=LOGPS_SCHEMA)
+
+
+def _lists(parts: list[npt.NDArray[Any]], dtype: Any) -> pa.ListArray:
+    """A column of lists, from one array a row; made at once, which is several times as fast as row by row."""
+    offsets = np.cumsum([0, *(part.size for part in parts)], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate([np.empty(0, dtype), *parts]))
 
 
 def check_logps(table: pa.Table) -> None:
@@ -121,8 +130,9 @@ def _check_batch(batch: pa.RecordBatch) -> None:
             raise CacheError(f"{name} holds nulls; every token needs a value. Nothing of this batch was stored.")
     logps = batch["token_logps"].flatten().to_numpy().astype(np.float64)
     starts = np.concatenate([[0], np.cumsum(n_tokens[:-1], dtype=np.int64)])
-    refuse(batch, np.logical_or.reduceat(~np.isfinite(logps), starts), "has a log-prob that is NaN or infinite")
-    refuse(batch, np.maximum.reduceat(logps, starts) > 0, "has a log-prob above 0, a probability above 1")
+    if not (logps <= 0).all() or not np.isfinite(logps.min()):  # seldom: which row it is takes longer to find
+        refuse(batch, np.logical_or.reduceat(~np.isfinite(logps), starts), "has a log-prob that is NaN or infinite")
+        refuse(batch, np.maximum.reduceat(logps, starts) > 0, "has a log-prob above 0, a probability above 1")
     sums, stated = np.add.reduceat(logps, starts), batch["sum_logp"].to_numpy()
     # All terms have one sign, so any order of summation agrees to n * 2^-53 of the sum; NaN must not slip through.
     agree = np.abs(stated - sums) <= 1e-10 * np.abs(sums)

@@ -55,12 +55,13 @@ def write_shard(folder: Path, number: int, rows: pa.Table, kind: Kind, identity:
     # One chunk, or the bytes of the file would depend on how the rows happened to be chunked.
     rows = conform(rows, kind).combine_chunks().replace_schema_metadata(shard_metadata(kind, identity))
     order = _key_order(rows)
+    in_order = bool((order[1:] > order[:-1]).all())  # then a copy of all rows is saved
     partial = partial_of(folder / f"{kind.name}-{number:05d}")
     options = parquet_options(kind) | {"sorting_columns": [pq.SortingColumn(0)]}
     step = kind.row_group_rows or ROW_GROUP_ROWS
     with pq.ParquetWriter(partial, rows.schema, **options) as writer:
         for start in range(0, max(len(order), 1), step):
-            group = rows.take(order[start : start + step])
+            group = rows.slice(start, step) if in_order else rows.take(order[start : start + step])
             kind.check(group)
             writer.write_table(group)
     sync_file(partial)

@@ -10,14 +10,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from cache.key_set import KEY, KeySet, key_array
-from cache.keys import KEY_BYTES
+from cache.key_set import KEY, KeySet, key_array, key_column
 from cache.schema import KEY_COLUMN
 from cache.shards import partitions_of
 
@@ -73,6 +72,7 @@ class Spill:
         self._buffer: list[pa.Table] = []
         self._buffered = 0  # bytes
         self._spilled = False
+        self._in_memory: _Bucketed | None = None
 
     def add(self, rows: pa.Table) -> None:
         """Add rows; the system's refusal to write them is an OSError."""
@@ -85,7 +85,9 @@ class Spill:
     def take(self, number: int) -> list[pa.Table]:
         """The rows of bucket `number`, as tables; asked once for each, after the last `add`."""
         if not self._spilled:
-            return [part for rows in self._buffer if (part := rows.filter(self._numbers(rows) == number)).num_rows]
+            if self._in_memory is None:
+                self._in_memory, self._buffer = _Bucketed(self._buffer, self.bits), []
+            return self._in_memory.take(number)
         self._flush()
         path = self._path(number)
         if not path.exists():
@@ -100,14 +102,11 @@ class Spill:
     def _flush(self) -> None:
         if not self._buffer:
             return
-        rows = pa.concat_tables(self._buffer).combine_chunks()
+        buckets = _Bucketed(self._buffer, self.bits)
         self._buffer, self._buffered, self._spilled = [], 0, True
-        numbers = self._numbers(rows)
-        rows = rows.take(pa.array(np.argsort(numbers, kind="stable")))
-        ends = np.cumsum(np.bincount(numbers, minlength=1 << self.bits))
-        for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-            if start < end:
-                self._append(number, rows.slice(start, end - start))
+        for number in range(1 << self.bits):
+            for rows in buckets.take(number):
+                self._append(number, rows)
 
     def _append(self, number: int, rows: pa.Table) -> None:
         sink = pa.BufferOutputStream()
@@ -117,30 +116,56 @@ class Spill:
         with open(self._path(number), "ab") as file:
             file.write(sink.getvalue())
 
-    def _numbers(self, rows: pa.Table) -> npt.NDArray[np.uint32]:
-        return partitions_of(key_array(rows[KEY_COLUMN]), self.bits)
-
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.arrows"
 
 
+class _Bucketed:
+    """Rows in the order of their buckets; within a bucket they stay in the order they were in."""
+
+    def __init__(self, tables: list[pa.Table], bits: int) -> None:
+        self._rows = pa.concat_tables(tables).combine_chunks() if tables else None
+        if self._rows is not None:
+            numbers = partitions_of(key_array(self._rows[KEY_COLUMN]), bits)
+            if bits:
+                self._rows = self._rows.take(pa.array(np.argsort(numbers, kind="stable")))
+            self._ends = np.cumsum(np.bincount(numbers, minlength=1 << bits))
+
+    def take(self, number: int) -> list[pa.Table]:
+        if self._rows is None:
+            return []
+        start, end = self._ends[number - 1] if number else 0, self._ends[number]
+        return [self._rows.slice(start, end - start)] if start < end else []
+
+
+GATHERED_KEYS = 1 << 18  # in memory before they are spilled, if there are more
 KEY_BITS = 8  # buckets in which keys are sorted: at a thousand million of them, 63 MB at once
 
 
-def stored_key_set(batches: Iterable[pa.RecordBatch], folder: Path) -> KeySet:
+def stored_key_set(batches: Iterable[pa.RecordBatch | pa.Table], folder: Path) -> KeySet:
     """The keys in all columns of `batches`, as a mapped file in `folder`: its pages are not the process's own memory.
 
-    Raises OSError where the system refuses to write, ValueError for a null key.
+    folder: for these keys alone, made if need be. Raises OSError where the system refuses to write, ValueError for a
+    null key.
     """
-    spill = Spill(folder, KEY_BITS)
-    for batch in batches:
-        for column in batch.columns:
-            spill.add(pa.table({KEY_COLUMN: pa.chunked_array([column.cast(pa.binary(KEY_BYTES))])}))
+    folder.mkdir(parents=True, exist_ok=True)
+    spill, spilled = Spill(folder, KEY_BITS), False
+    gathered, n_gathered = [key_array(())], 0
+    for column in chain.from_iterable(batch.columns for batch in batches):
+        gathered.append(key_array(column).copy())  # or it would keep the whole batch
+        n_gathered += len(column)
+        if n_gathered > GATHERED_KEYS:
+            spill.add(pa.table({KEY_COLUMN: key_column(np.concatenate(gathered))}))
+            gathered, n_gathered, spilled = [key_array(())], 0, True
     path = folder / "keys"
     with open(path, "wb") as file:
-        for number in range(1 << KEY_BITS):
-            found = [key_array(rows[KEY_COLUMN]) for rows in spill.take(number)]
-            file.write(KeySet(np.concatenate([key_array(()), *found])).array.tobytes())
+        if spilled:
+            spill.add(pa.table({KEY_COLUMN: key_column(np.concatenate(gathered))}))
+            for number in range(1 << KEY_BITS):
+                found = [key_array(rows[KEY_COLUMN]) for rows in spill.take(number)]
+                file.write(KeySet(np.concatenate([key_array(()), *found])).array.tobytes())
+        else:
+            file.write(KeySet(np.concatenate(gathered)).array.tobytes())
         if not file.tell():
             return KeySet()  # nothing can be mapped
     return KeySet.from_sorted(np.asarray(np.memmap(path, KEY, mode="r")))

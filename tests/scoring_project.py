@@ -9,8 +9,10 @@ from cache import Journal, prompt_key, response_key
 from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, write_table
 from pipeline.params import ScoreParams, SketchParams
 from pipeline.reference.identity import reference_identity
+from pipeline.reference.responses import Responses
 from pipeline.reference.scoring import score_responses
 from pipeline.reference.sketching import sketch_responses
+from pipeline.tokens.view import open_token_view
 from tests.project import Project
 
 PARAMS = ScoreParams(enforce_eager=True, rows_per_call=6, drift_sample=8)
@@ -45,6 +47,11 @@ def write_prepared(folder, rows):
     write_table(pa.Table.from_pylist(pairs, PAIRS_SCHEMA), folder / "pairs.parquet", PAIRS_SCHEMA)
     write_table(pa.Table.from_pylist(responses, RESPONSES_SCHEMA), folder / "responses.parquet", RESPONSES_SCHEMA)
     return folder
+
+
+def open_responses(folder, scratch):
+    """The prepared pairs in a folder as stages see them; the token view goes to $REFCACHE_HOME."""
+    return Responses([open_token_view(folder)], scratch)
 
 
 class ScoringProject(Project):

@@ -12,10 +12,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cache import Keys, KeySet, key_batches, key_bytes
+from cache.key_set import key_array
 from pipeline.errors import RequestError
 
 KEY = pa.binary(16)
@@ -173,17 +176,39 @@ def name_examples(folder: Path, split: str, numbers: Sequence[int], *, feedback:
     return [f"{what} {number} ({source})" for number, source in rows[list(numbers)].iter_rows()]
 
 
-def scan_sources(folder: Path) -> pl.LazyFrame:
-    """The input lines that responses come from: response_key, source, in file order; a response may have several."""
-    tables = [(scan_pairs(folder), "pair_id", PAIR_SIDES)]
-    if (folder / "feedback.parquet").exists():
-        tables.append((scan_feedback(folder), "feedback_id", FEEDBACK_SIDES))
-    sides = [
-        table.select(pl.col(side).alias("response_key"), "source", pl.col(number).alias("place"))
-        for table, number, names in tables
-        for side in names
-    ]
-    return pl.concat(sides).sort("place", maintain_order=True).unique(["response_key", "source"], maintain_order=True)
+def find_sources(folder: Path, keys: Keys) -> dict[bytes, list[str]]:
+    """The input lines that the responses `keys` come from, each once, in file order; without those that have none.
+
+    Memory holds the lines that are found.
+    """
+    wanted = KeySet(keys)
+    tables = [("pairs.parquet", "pair_id", PAIR_SIDES), ("feedback.parquet", "feedback_id", FEEDBACK_SIDES)]
+    found = list[tuple[int, int, bytes, str]]()  # (place, which side, key, line)
+    for number, (name, place, sides) in enumerate(tables):
+        if name == "pairs.parquet" or (folder / name).exists():
+            _scan(folder / name, PAIRS_SCHEMA if number == 0 else FEEDBACK_SCHEMA)
+            for batch in _batches(folder / name, [place, "source", *sides]):
+                for side, column in enumerate(sides):
+                    theirs = key_array(batch[column])
+                    hits = np.flatnonzero(wanted.contains(theirs))
+                    places, lines = (batch[of].take(pa.array(hits)).to_pylist() for of in (place, "source"))
+                    which = [number * len(PAIR_SIDES) + side] * len(hits)
+                    found += zip(places, which, key_bytes(theirs[hits]), lines, strict=True)
+    sources = dict[bytes, dict[str, None]]()
+    for *_, key, line in sorted(found):
+        sources.setdefault(key, {})[line] = None
+    return {key: list(lines) for key, lines in sources.items()}
+
+
+def pair_sides(folder: Path) -> Iterator[pa.RecordBatch]:
+    """The keys of each pair's two responses (PAIR_SIDES), in file order, some pairs at a time."""
+    scan_pairs(folder)
+    return key_batches(folder / "pairs.parquet", PAIR_SIDES)
+
+
+def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path, pre_buffer=False) as file:  # which would hold the columns of the whole file
+        yield from file.iter_batches(columns=list(columns))
 
 
 def iter_responses(folder: Path, columns: Sequence[str], *, rows: int) -> Iterator[pl.DataFrame]:

@@ -1,7 +1,8 @@
 """What goes to the engine, in which order and in which calls, and as what it comes back. No engine is imported here."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -14,6 +15,7 @@ from pipeline.params import ScoreParams
 
 Row = tuple[np.ndarray, np.ndarray]  # prompt ids and response ids, int32
 ROW_COLUMNS = ["response_key", "prompt_key", "prompt_ids", "response_ids"]
+_NO_TOKENS = np.empty(0, np.int32)
 SKETCHED = "sketched"  # a column beside them: whether the engine sketches the row's head gradient, if it does so at all
 
 
@@ -111,9 +113,22 @@ def calls(rows: pl.DataFrame, rows_per_call: int) -> Iterator[pl.DataFrame]:
         start = stop
 
 
-def engine_rows(rows: pl.DataFrame) -> list[Row]:
+class EngineRows(list[Row]):
+    """Rows that cross a pipe as two arrays together, which takes a small part of the time of two arrays each."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = [part for row in self for part in row]
+        return _unpacked, (np.concatenate([_NO_TOKENS, *parts]), np.array([len(part) for part in parts], np.int64))
+
+
+def _unpacked(flat: np.ndarray, lengths: np.ndarray) -> EngineRows:
+    parts = _cut(flat, np.concatenate([[0], np.cumsum(lengths)]))
+    return EngineRows(zip(parts[::2], parts[1::2], strict=True))
+
+
+def engine_rows(rows: pl.DataFrame) -> EngineRows:
     """(prompt ids, response ids) as int32 arrays, one pair a row, as EngineProcess.score takes them."""
-    return list(zip(token_arrays(rows["prompt_ids"]), token_arrays(rows["response_ids"]), strict=True))
+    return EngineRows(zip(token_arrays(rows["prompt_ids"]), token_arrays(rows["response_ids"]), strict=True))
 
 
 def scored_table(rows: pl.DataFrame, inputs: list[Row], logps: Sequence[np.ndarray]) -> pa.Table:
@@ -129,6 +144,15 @@ def scored_table(rows: pl.DataFrame, inputs: list[Row], logps: Sequence[np.ndarr
 
 def token_arrays(column: pl.Series) -> list[np.ndarray]:
     """A list column as one int32 array a row."""
-    lengths = column.list.len().to_numpy().astype(np.int64)
-    flat = column.explode(empty_as_null=False, keep_nulls=False).to_numpy().astype(np.int32)
-    return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
+    if not len(column):
+        return []
+    lists: Any = column.cast(pl.List(pl.Int32)).rechunk().to_arrow()
+    bounds = lists.offsets.to_numpy()
+    ids = np.array(lists.values[int(bounds[0]) : int(bounds[-1])], np.int32)  # of a slice, what lies around stays
+    return _cut(ids, bounds - bounds[0])
+
+
+def _cut(flat: np.ndarray, bounds: np.ndarray) -> list[np.ndarray]:
+    """flat[bounds[i] : bounds[i + 1]] for each i; numpy.split does the same in ten times the time."""
+    ends = bounds.tolist()
+    return [flat[start:stop] for start, stop in pairwise(ends)]

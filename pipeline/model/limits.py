@@ -1,8 +1,8 @@
 """Which responses a model can take at all: token ids it has embeddings for, and lengths it has positions for."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import polars as pl
 
@@ -28,6 +28,9 @@ class ModelLimits(NamedTuple):
     vocabulary: int
     positions: int | None
     hint: str = ""
+
+
+NO_LIMITS = ModelLimits(0, None)
 
 
 def model_limits(folder: Path, *, trust_remote_code: bool = False) -> ModelLimits:
@@ -82,24 +85,77 @@ class UnscorableRow(NamedTuple):
     remedy: str
 
 
-def bad_rows(rows: pl.DataFrame, limits: ModelLimits, model: Path) -> list[UnscorableRow]:
-    """The rows that the model can't take, once each, in the order of what is wrong and of their keys.
+class BadRows(Sequence[UnscorableRow]):
+    """Rows that a model can't take, once each, in the order of what is wrong and of their keys; 30 bytes a row."""
+
+    def __init__(
+        self, parts: Iterable[pl.DataFrame] = (), limits: ModelLimits = NO_LIMITS, model: Path = Path()
+    ) -> None:
+        """parts: of rows with response_key, prompt_ids, response_ids; each is looked at once."""
+        self._texts = [(problem, remedy) for _, _, problem, remedy in _rules(limits, model)]
+        found = [_EMPTY, *(_broken(rows, limits, model) for rows in parts)]
+        self._rows = pl.concat(found).sort("rule", "response_key")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> UnscorableRow: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[UnscorableRow]: ...
+    def __getitem__(self, place: int | slice) -> UnscorableRow | list[UnscorableRow]:
+        if isinstance(place, slice):
+            return [self._row(*row) for row in self._rows[place].iter_rows()]
+        return self._row(*self._rows.row(place))
+
+    def __iter__(self) -> Iterator[UnscorableRow]:
+        return (self._row(*row) for row in self._rows.iter_rows())
+
+    @property
+    def keys(self) -> pl.Series:
+        return self._rows["response_key"]
+
+    @property
+    def remedies(self) -> list[str]:
+        """Those of the rows, each once, in their order."""
+        return list(dict.fromkeys(self._texts[rule][1] for rule in self._rows["rule"].unique().sort()))
+
+    def _row(self, key: bytes, rule: int, value: int) -> UnscorableRow:
+        problem, remedy = self._texts[rule]
+        return UnscorableRow(key, problem.replace("{}", str(value), 1), remedy)
+
+
+def bad_rows(rows: pl.DataFrame, limits: ModelLimits, model: Path) -> BadRows:
+    """The rows that the model can't take.
 
     rows: with response_key, prompt_ids, response_ids. vLLM itself would lose a whole call over one row that is empty or
     too long, and hang on an id beyond the embeddings.
     """
-    found: dict[bytes, UnscorableRow] = {}
-    for bad, value, problem, remedy in _rules(limits, model):
-        for key, number in rows.filter(bad).select("response_key", value).sort("response_key").iter_rows():
-            found.setdefault(key, UnscorableRow(key, problem.replace("{}", str(number), 1), remedy))
-    return list(found.values())
+    return BadRows([rows], limits, model)
 
 
 def check_rows(rows: pl.DataFrame, limits: ModelLimits, model: Path) -> None:
     """Raise RequestError, naming the first offending response, unless the model can take every row; see bad_rows."""
-    if found := bad_rows(rows, limits, model):
+    refuse_bad(bad_rows(rows, limits, model))
+
+
+def refuse_bad(found: BadRows) -> None:
+    """Raise RequestError, naming the first row, where there are any."""
+    if found:
         more = f" {len(found) - 1} more rows can't be scored." if len(found) > 1 else ""
         raise RequestError(f"Response {found[0].key.hex()} {found[0].problem}. {found[0].remedy}{more}")
+
+
+_EMPTY = pl.DataFrame(schema={"response_key": pl.Binary, "rule": pl.UInt8, "value": pl.Int64})
+
+
+def _broken(rows: pl.DataFrame, limits: ModelLimits, model: Path) -> pl.DataFrame:
+    """Of the rows that break a rule, once each: key, number of the first rule that is broken, and what it shows."""
+    rules = list(_rules(limits, model))
+    broken = pl.coalesce(pl.when(bad).then(pl.lit(number, pl.UInt8)) for number, (bad, *_) in enumerate(rules))
+    values = pl.coalesce(pl.when(bad).then(value.cast(pl.Int64)) for bad, value, *_ in rules)
+    found = rows.select("response_key", broken.alias("rule"), values.alias("value")).drop_nulls("rule")
+    return found.unique("response_key", keep="first")
 
 
 def _rules(limits: ModelLimits, model: Path) -> Iterator[tuple[pl.Expr, pl.Expr, str, str]]:

@@ -2,24 +2,28 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
-from cache import CacheLocked, Journal, Reference
+from cache import CacheLocked, Journal, KeySet, Reference, join_sum_logps
 from cache.identity import identity_digest
+from cache.key_set import key_array
 from pipeline.engine.rows import Row, engine_rows, scored_table
 from pipeline.errors import RequestError
 from pipeline.files import write_json
 from pipeline.params import TrainParams
 from pipeline.progress import progress_bar
 from pipeline.reference.drift_statistics import drift_statistics, six_digits, worst_first
+from pipeline.reference.order import Numbers, chunks
+from pipeline.reference.responses import Responses
 from pipeline.reference.trainer_forward import TrainerForward
-from pipeline.workspace import trainer_forward_folder
+from pipeline.workspace import scratch_folder, trainer_forward_folder
 
 FILE = "drift.json"
 FORMAT_VERSION = 2
@@ -30,17 +34,18 @@ def ensure_drift(
     out: Path,
     model: Path,
     *,
-    responses: pl.DataFrame | pl.LazyFrame,
-    pairs: pl.DataFrame,
+    responses: Responses,
+    pairs: Iterable[pa.RecordBatch],
     reference: Reference,
     trainer_dtype: str,
     sample_size: int,
     trust_remote_code: bool,
     tolerance: float | None = None,
-    rescored: Collection[bytes] = (),
+    rescored: KeySet | None = None,
 ) -> dict[str, Any]:
     """Make out/drift.json describe this cache and trainer; returns its content.
 
+    pairs: keys of their sides, as `pair_sides` gives them.
     tolerance: nats a sequence above which a sampled row counts as flagged; None: as recorded before, or
     train.drift_tolerance's default. rescored: keys of the cached rows that hold transformers' float32 values. The
     forward by transformers is repeated only for rows that are new in the sample, or for another trainer's dtype.
@@ -65,6 +70,7 @@ def ensure_drift(
         tolerance = before.get("tolerance", TrainParams.model_fields["drift_tolerance"].default)
     content = describes | {name: measured[name] for name in _MEASURED if name != "sequences"}
     content["typical_margin"] = six_digits(typical_margin(pairs, reference))
+    rescored = KeySet() if rescored is None else rescored
     content |= {"tolerance": tolerance, "flagged": count_flagged(measured["sequences"], tolerance)}
     content["rescored"] = {"rows": len(rescored), "keys": keys_digest(rescored)}
     content |= {"sequences": measured["sequences"], "rescored_keys": sorted(key.hex() for key in rescored)}
@@ -89,7 +95,7 @@ def count_flagged(sequences: Sequence[dict[str, Any]], tolerance: float) -> int:
     return sum(row["drift"] > tolerance for row in sequences)
 
 
-def keys_digest(keys: Collection[bytes]) -> str:
+def keys_digest(keys: Iterable[bytes]) -> str:
     """Hex digest of a set of response keys, whatever their order."""
     return hashlib.blake2b(b"".join(sorted(keys)), digest_size=16).hexdigest()
 
@@ -103,33 +109,37 @@ def values_digest(reference: Reference, keys: Collection[bytes]) -> str:
     return hashlib.blake2b(cached.to_numpy().astype("<f4").tobytes(), digest_size=16).hexdigest()
 
 
-def choose_sample(responses: pl.DataFrame | pl.LazyFrame, size: int) -> pl.DataFrame:
-    """The `size` responses with the smallest keys, one of them replaced by the longest row if that isn't among them.
+def choose_sample(responses: Responses, size: int) -> pl.DataFrame:
+    """ROW_COLUMNS of `sample_rows`."""
+    return responses.frame(sample_rows(responses, size))
+
+
+def sample_rows(responses: Responses, size: int) -> Numbers:
+    """The numbers of the `size` responses with the smallest keys; the longest row replaces one if it isn't among them.
 
     Keys are digests, so this is a random sample that stays the same, and mostly stays when rows are added. The longest
     row is where rounding adds up most.
     """
-    length = (pl.col("prompt_ids").list.len() + pl.col("response_ids").list.len()).alias("length")
-    lengths = responses.lazy().select("response_key", length)
-    longest = lengths.bottom_k(1, by=["length", "response_key"], reverse=[True, False])
-    smallest = lengths.bottom_k(size, by="response_key")
-    keys = smallest.collect(engine="streaming")["response_key"].sort()
-    extra = longest.collect(engine="streaming")["response_key"]
-    if extra[0] not in keys.to_list():
-        keys = keys.head(size - 1).append(extra)
-    rows = responses.lazy().filter(pl.col("response_key").is_in(keys.implode())).collect(engine="streaming")
-    return keys.to_frame().join(rows, on="response_key", how="left", maintain_order="left")
+    keys, tokens = responses.table.keys, responses.table.tokens
+    smallest, longest = np.empty(0, np.int64), np.empty(0, np.int64)
+    for numbers in chunks(len(responses)):
+        smallest = np.concatenate([smallest, numbers])
+        smallest = smallest[np.argsort(keys[smallest], kind="stable")[:size]]
+        longest = np.concatenate([longest, numbers])
+        longest = longest[tokens[longest] == tokens[longest].max()]
+        longest = longest[np.argsort(keys[longest], kind="stable")[:1]]
+    if not np.isin(longest, smallest).all():
+        smallest = np.concatenate([smallest[: size - 1], longest])
+    return smallest
 
 
-def typical_margin(pairs: pl.DataFrame, reference: Reference) -> float:
+def typical_margin(pairs: Iterable[pa.RecordBatch], reference: Reference) -> float:
     """Median over pairs of |sum log p(chosen) - sum log p(rejected)| under the reference, nats; 0 for no pairs.
 
-    What drift is to be compared with: rewards are beta times such differences.
+    What drift is to be compared with: rewards are beta times such differences. Memory holds 16 bytes a pair.
     """
-    if pairs.is_empty():
-        return 0.0
-    chosen, rejected = (reference.sum_logps(pairs[side].to_list()) for side in ("chosen_key", "rejected_key"))
-    return float(np.median(np.abs(chosen - rejected)))
+    sums = join_sum_logps(reference, pairs, scratch=scratch_folder())
+    return float(np.median(np.abs(sums[:, 0] - sums[:, 1]))) if len(sums) else 0.0
 
 
 def trainer_logps(
@@ -144,13 +154,16 @@ def trainer_logps(
     forward_of = {"weights": identity.weights, "config": identity.config, "dtype": dtype} | versions
     try:
         with Journal(trainer_forward_folder(identity_digest(forward_of))) as journal:
-            new = sample.filter(~pl.col("response_key").is_in(list(journal.keys())))
+            known = journal.key_set()
+            new = sample.filter(~known.contains(key_array(sample["response_key"])))
             if len(new):
                 rows = engine_rows(new)
                 logps = transformers_logps(model, rows, dtype, trust_remote_code=trust_remote_code)
                 journal.append(scored_table(new, rows, logps))
             found: dict[bytes, np.ndarray] = {}
+            wanted = KeySet(sample["response_key"])
             for table in journal.tables():
+                table = table.filter(wanted.contains(key_array(table["response_key"])))
                 values = pl.DataFrame(table.select(["response_key", "token_logps"]))
                 found |= zip(values["response_key"], (row.to_numpy() for row in values["token_logps"]), strict=True)
     except CacheLocked:  # by a run that scores the same weights with another engine; waiting would take as long

@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import polars as pl
 
 from cache import Journal, SketchIdentity
 from cache.identity import record_identity
 from cache.sketches import AUDIT, ENGINE, canonical_json, sketches_table
 from pipeline.engine.process import orderly_termination
-from pipeline.engine.rows import SKETCHED, calls, longest_row, row_tokens, scoring_order
 from pipeline.engine.supervision import ScoredCall, SupervisedEngines
 from pipeline.errors import RunFailed
 from pipeline.model.limits import model_limits
 from pipeline.params import ScoreParams, SketchParams
 from pipeline.progress import progress_bar
+from pipeline.reference.responses import Wanted
 from pipeline.sketches.head_plan import HEAD, HEAD_PART, HeadPlan
 from pipeline.workspace import sketch_journal_folder
 
@@ -87,7 +86,7 @@ def head_journal(sketches: HeadSketches) -> Iterator[Journal]:
 
 
 def sketch_by_engine(
-    missing: pl.DataFrame,
+    missing: Wanted,
     model: Path,
     sketches: HeadSketches,
     score: ScoreParams,
@@ -97,23 +96,23 @@ def sketch_by_engine(
 ) -> float:
     """Sketch and journal rows that `score` did not; returns seconds without the engine's start.
 
-    missing: ROW_COLUMNS, of rows that the model can take. Raises RunFailed where rows end engines, once all others are
-    journalled, and as SupervisedEngines.
+    missing: rows that the model can take, all of them to be sketched. Raises RunFailed where rows end engines, once all
+    others are journalled, and as SupervisedEngines.
     """
     assert score.dtype == sketches.identity.dtype  # params.py has compared them
-    rows = scoring_order(missing.with_columns(pl.lit(True).alias(SKETCHED)))
-    engines = SupervisedEngines(model, score, rows=len(rows), trust_remote_code=trust_remote_code)
+    limits = model_limits(model, trust_remote_code=trust_remote_code)
+    engines = SupervisedEngines(model, score, rows=len(missing), trust_remote_code=trust_remote_code)
     with orderly_termination(), engines as engine:
-        engine.load_for(longest_row(rows), model_limits(model, trust_remote_code=trust_remote_code), sketches.plan)
+        engine.load_for(missing.longest, limits, sketches.plan)
         began = time.perf_counter()
-        with progress_bar("sketch", len(rows), tokens=row_tokens(rows)) as advance:
-            for call in engine.score(calls(rows, score.rows_per_call), advance):
+        with progress_bar("sketch", len(missing), tokens=missing.tokens) as advance:
+            for call in engine.score(missing.calls(score.rows_per_call), advance):
                 sketches.append(call, journal)
     if engine.quarantined:
         first = engine.quarantined[0]
         raise RunFailed(
-            f"{len(engine.quarantined)} of {len(rows)} responses ended three engines each, so they have no sketch, the "
-            f"first of them {first.key.hex()} ({first.log}). All others are journalled. Remove the pairs of such rows, "
-            "or set sketch.source: gradient."
+            f"{len(engine.quarantined)} of {len(missing)} responses ended three engines each, so they have no sketch, "
+            f"the first of them {first.key.hex()} ({first.log}). All others are journalled. Remove the pairs of such "
+            "rows, or set sketch.source: gradient."
         )
     return time.perf_counter() - began

@@ -5,7 +5,7 @@ outside DVC's outputs and does not travel with a clone; drift.json does, and nam
 """
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from cache import (
@@ -49,21 +49,20 @@ def publish_needed(out: Path, keys: Keys, sources: Sequence[RowSource], identity
 _ROWS_PER_FRAME = 2000
 
 
-def recorded_rows(out: Path, reference_id: str) -> set[bytes]:
+def recorded_rows(out: Path, reference_id: str) -> KeySet:
     """Keys of the rows published at `out` that drift.json says were rescored; none if it is of another reference."""
     content = read_drift(out) or {}
     if content.get("reference_id") != reference_id:
-        return set()
-    return {bytes.fromhex(key) for key in content.get("rescored_keys", [])}
+        return KeySet()
+    return KeySet(bytes.fromhex(key) for key in content.get("rescored_keys", []))
 
 
-def adopt(keys: Collection[bytes], journal: Journal, published: StoredRows) -> None:
+def adopt(keys: KeySet, journal: Journal, published: StoredRows) -> None:
     """Copy those of `keys` that `published` has and the journal of rescored rows lacks from the one to the other.
 
     In a clone that scored this reference itself, the engine's journalled rows would otherwise come back.
     """
-    wanted = sorted(set(keys) - journal.keys())
-    absent = set(published.missing(wanted))
-    wanted = [key for key in wanted if key not in absent]
+    wanted = keys - journal.key_set()
+    wanted -= KeySet(published.missing(wanted.array))
     for start in range(0, len(wanted), _ROWS_PER_FRAME):
-        journal.append(published.rows(wanted[start : start + _ROWS_PER_FRAME]).to_arrow())
+        journal.append(published.rows(wanted.array[start : start + _ROWS_PER_FRAME]).to_arrow())

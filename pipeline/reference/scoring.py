@@ -3,33 +3,32 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from cache import Journal, ReferenceIdentity, RowSource, open_reference
 from cache.identity import record_identity
-from pipeline.data.tables import read_pairs, read_responses
+from cache.spill import spill_folder
+from pipeline.data.tables import pair_sides
 from pipeline.engine.process import orderly_termination
-from pipeline.engine.rows import ROW_COLUMNS, SKETCHED, calls, longest_row, row_tokens, scored_table, scoring_order
+from pipeline.engine.rows import scored_table
 from pipeline.engine.supervision import Quarantined, SupervisedEngines
 from pipeline.errors import RequestError
 from pipeline.files import write_json
-from pipeline.model.limits import UnscorableRow, bad_rows, model_limits
+from pipeline.model.limits import BadRows, model_limits
 from pipeline.params import ScoreParams, SketchParams
 from pipeline.progress import activity, progress_bar
 from pipeline.reference import drift
 from pipeline.reference.head_sketching import HeadSketches, head_journal, head_sketches
 from pipeline.reference.identity import reference_identity
 from pipeline.reference.publication import adopt, publish_needed, recorded_rows, sound_reference
+from pipeline.reference.responses import Responses, Wanted, set_bad_aside, without_rows_of
 from pipeline.reference.suites import SuiteResponses
 from pipeline.reference.unscorable import Folders, announce, refuse
-from pipeline.workspace import journal_folder, rescored_folder
-
-_OF_SUITES = "of_suites"  # a column: whether only suites have the row
+from pipeline.tokens.view import open_token_view
+from pipeline.workspace import journal_folder, rescored_folder, scratch_folder
 
 
 @dataclass
@@ -51,7 +50,7 @@ class _Work:
     sketched: int = 0
     engines: int = 0
     backend: str | None = None
-    bad: Sequence[UnscorableRow] = ()
+    bad: BadRows = field(default_factory=BadRows)
     quarantined: Sequence[Quarantined] = ()
 
 
@@ -79,59 +78,58 @@ def score_responses(
     the model can't take) or RunFailed (rows that end engines) names them. RunFailed also where engines can't be kept
     alive, CacheLocked while another process scores or sketches.
     """
-    responses = read_responses(pairs)
-    if responses.is_empty():
-        raise RequestError(f"{pairs} has no responses to score. Run `dvc repro prepare` on data with pairs.")
-    beside_pairs = SuiteResponses(suites, suites_out)
-    folders = {"": pairs, **beside_pairs.folders}
-    with activity(f"digesting {model}"):
-        identity = reference_identity(model, dtype=params.dtype, quantization=params.quantization)
-    rows = scoring_order(responses.select(*ROW_COLUMNS, (pl.col("split") == "train").alias(SKETCHED)))
-    needed = set(rows["response_key"])
-    rows = beside_pairs.after(rows, _OF_SUITES)
-    everything = needed | beside_pairs.keys
-    with (
-        orderly_termination(),
-        Journal(journal_folder() / identity.reference_id) as journal,
-        Journal(rescored_folder(identity.reference_id)) as rescored,
-    ):
-        record_identity(journal.path.parent, identity)
-        recorded = recorded_rows(out, identity.reference_id) & needed - rescored.keys()
-        journalled = journal.keys() | rescored.keys()
-        published = sound_reference(out, identity) if recorded or everything - journalled else None
-        if published and recorded:
-            adopt(recorded, rescored, published)
-        known = journalled | (published.keys() if published else set())
-        stored = [*([published] if published else []), *beside_pairs.published(identity, everything - known)]
-        known = known.union(*(earlier.keys() for earlier in stored))
-        missing = rows.filter(~pl.col("response_key").is_in(known)) if known else rows
-        work = _Work()
-        if len(missing):
-            with _sketches_beside(model, identity, sketch, trust_remote_code) as beside:
-                work = _score_missing(missing, model, params, trust_remote_code, journal, folders, beside)
-        outs = [out, *beside_pairs.outs]
-        refuse(work.bad, work.quarantined, folders=folders, out=outs, total=len(rows), model=model)
-        published_from = time.perf_counter()
-        sources: list[RowSource] = [rescored, journal, *stored]
-        publish_needed(out, needed, sources, identity)
-        beside_pairs.publish(sources, identity)
-        measured_from = time.perf_counter()
-        measured = drift.ensure_drift(
-            out,
-            model,
-            responses=responses,
-            pairs=read_pairs(pairs),
-            reference=open_reference(out, expect=identity),
-            trainer_dtype=trainer_dtype,
-            sample_size=params.drift_sample,
-            trust_remote_code=trust_remote_code,
-            tolerance=drift_tolerance,
-            rescored=needed & rescored.keys(),
-        )
-        ended = time.perf_counter()
-    parts = {"engine_start": work.engine_start, "scoring": work.seconds}
-    parts |= {"publication": measured_from - published_from, "drift": ended - measured_from}
-    return _write_metrics(metrics, responses, len(rows), work, parts, identity, measured)
+    with orderly_termination(), spill_folder(scratch_folder()) as scratch:
+        responses = Responses([open_token_view(pairs)], scratch / "pairs")
+        if not len(responses):
+            raise RequestError(f"{pairs} has no responses to score. Run `dvc repro prepare` on data with pairs.")
+        beside_pairs = SuiteResponses(suites, suites_out, scratch / "suites")
+        folders = {"": pairs, **beside_pairs.folders}
+        with activity(f"digesting {model}"):
+            identity = reference_identity(model, dtype=params.dtype, quantization=params.quantization)
+        needed = responses.key_set()
+        wanted = [Wanted(responses, responses.all, sketched=responses.train), beside_pairs.besides(needed)]
+        total = sum(map(len, wanted))
+        with (
+            Journal(journal_folder() / identity.reference_id) as journal,
+            Journal(rescored_folder(identity.reference_id)) as rescored,
+        ):
+            record_identity(journal.path.parent, identity)
+            missing = without_rows_of([rescored, journal], wanted, scratch / "journalled")
+            recorded = (recorded_rows(out, identity.reference_id) & needed) - rescored.key_set()
+            published = sound_reference(out, identity) if len(recorded) or any(map(len, missing)) else None
+            if published and len(recorded):
+                adopt(recorded, rescored, published)
+            stored = [published] if published else []
+            missing = without_rows_of(stored, missing, scratch / "published")
+            of_suites = beside_pairs.published(identity) if any(map(len, missing)) else []
+            missing = without_rows_of(of_suites, missing, scratch / "published-suites")
+            work = _Work()
+            if any(map(len, missing)):
+                with _sketches_beside(model, identity, sketch, trust_remote_code) as beside:
+                    work = _score_missing(missing, model, params, trust_remote_code, journal, folders, beside)
+            outs = [out, *beside_pairs.outs]
+            refuse(work.bad, work.quarantined, folders=folders, out=outs, total=total, model=model)
+            published_from = time.perf_counter()
+            sources: list[RowSource] = [rescored, journal, *stored, *of_suites]
+            publish_needed(out, needed, sources, identity)
+            beside_pairs.publish(sources, identity)
+            measured_from = time.perf_counter()
+            measured = drift.ensure_drift(
+                out,
+                model,
+                responses=responses,
+                pairs=pair_sides(pairs),
+                reference=open_reference(out, expect=identity),
+                trainer_dtype=trainer_dtype,
+                sample_size=params.drift_sample,
+                trust_remote_code=trust_remote_code,
+                tolerance=drift_tolerance,
+                rescored=rescored.key_set() & needed,
+            )
+            ended = time.perf_counter()
+        parts = {"engine_start": work.engine_start, "scoring": work.seconds}
+        parts |= {"publication": measured_from - published_from, "drift": ended - measured_from}
+        return _write_metrics(metrics, responses, total, work, parts, identity, measured)
 
 
 _Beside = tuple[HeadSketches, Journal] | None
@@ -153,7 +151,7 @@ def _sketches_beside(
 
 
 def _score_missing(
-    missing: pl.DataFrame,
+    missing: Sequence[Wanted],
     model: Path,
     params: ScoreParams,
     trust_remote_code: bool,
@@ -161,22 +159,25 @@ def _score_missing(
     folders: Folders,
     beside: _Beside,
 ) -> _Work:
-    """Score and journal what can be scored, in the order given; the rest is in the answer."""
+    """Score and journal what can be scored, part after part; the rest is in the answer."""
     began = time.perf_counter()
-    with SupervisedEngines(model, params, rows=len(missing), trust_remote_code=trust_remote_code) as engine:
+    rows = sum(map(len, missing))
+    with SupervisedEngines(model, params, rows=rows, trust_remote_code=trust_remote_code) as engine:
         limits = model_limits(model, trust_remote_code=trust_remote_code)
-        if bad := bad_rows(missing, limits, model):
+        missing, bad = set_bad_aside(missing, limits, model)
+        if bad:
             announce(bad, folders)
-            missing = missing.filter(~pl.col("response_key").is_in([row.key for row in bad]))
-            if missing.is_empty():
-                return _Work(bad=bad)
-        backend = engine.load_for(longest_row(missing), limits, beside[0].plan if beside else None)
-        work = _Work(len(missing), row_tokens(missing), backend=backend, bad=bad, quarantined=engine.quarantined)
+        rows = sum(map(len, missing))
+        if not rows:
+            return _Work(bad=bad)
+        longest = max(part.longest for part in missing)
+        backend = engine.load_for(longest, limits, beside[0].plan if beside else None)
+        tokens = sum(part.tokens for part in missing)
+        work = _Work(rows, tokens, backend=backend, bad=bad, quarantined=engine.quarantined)
         started = time.perf_counter()
         work.engine_start = started - began
         with progress_bar("score", work.rows, tokens=work.tokens) as advance:
-            parts = missing.partition_by(_OF_SUITES, maintain_order=True)
-            planned = chain.from_iterable(calls(part, params.rows_per_call) for part in parts)
+            planned = chain.from_iterable(part.calls(params.rows_per_call) for part in missing)
             for call in engine.score(planned, advance):
                 if beside:  # first: a row whose log-probs are journalled is never asked of an engine again
                     sketches, sketch_journal = beside
@@ -191,7 +192,7 @@ def _score_missing(
 
 def _write_metrics(
     file: Path,
-    responses: pl.DataFrame,
+    responses: Responses,
     rows: int,
     work: _Work,
     parts: dict[str, float],
@@ -206,7 +207,7 @@ def _write_metrics(
         "rows_scored": work.rows,
         "rows_reused": rows - work.rows,
         "tokens_scored": work.tokens,
-        "response_tokens": int(responses["response_ids"].list.len().sum()),
+        "response_tokens": responses.response_tokens,
         "seconds": round(work.seconds, 3),
         "seconds_by_part": {name: round(seconds, 3) for name, seconds in parts.items()},
         "rows_per_second": round(work.rows * per_second, 3),

@@ -3,29 +3,31 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
-from cache import Journal, KeySet, SketchIdentity, locate, open_sketches, publish_reference
+from cache import Journal, SketchIdentity, open_sketches, publish_reference
 from cache.identity import record_identity
 from cache.sketches import AUDIT, NONE, sketches_table
-from pipeline.data.tables import scan_responses
-from pipeline.engine.rows import ROW_COLUMNS, row_tokens
+from cache.spill import spill_folder
+from pipeline.engine.rows import row_tokens
 from pipeline.errors import RequestError
 from pipeline.files import write_json
 from pipeline.model.digests import config_digest, weights_digest
-from pipeline.model.limits import check_rows, model_limits
+from pipeline.model.limits import model_limits, refuse_bad
 from pipeline.params import ScoreParams, SketchParams, Trainable
 from pipeline.progress import activity, progress_bar
 from pipeline.reference.head_sketching import HeadSketches, head_sketches, sketch_by_engine
 from pipeline.reference.publication import publish_needed, sound_reference
+from pipeline.reference.responses import Responses, Wanted, set_bad_aside, without_rows_of
 from pipeline.reference.sketch_ranks import RankJob, Sequences, sketch_on_ranks
 from pipeline.sketches.head_plan import HEAD_PART_ONLY
-from pipeline.workspace import sketch_journal_folder
+from pipeline.tokens.view import open_token_view
+from pipeline.workspace import scratch_folder, sketch_journal_folder
 
 if TYPE_CHECKING:
     from pipeline.sketches.collector import Sketched
@@ -89,38 +91,42 @@ def sketch_responses(
         content: dict[str, Any] = {"mode": params.mode, "responses": 0, "rows_sketched": 0}
         write_json(metrics, content)
         return content
-    responses = scan_responses(pairs).filter(pl.col("split") == "train").select(ROW_COLUMNS).collect()
-    if responses.is_empty():
-        raise RequestError(f"{pairs} has no training responses to sketch. Add pairs, or lower prepare.test_share.")
-    check_rows(responses, model_limits(model, trust_remote_code=trust_remote_code), model)
-    identity, sketch = _source(model, params, trainable, score or ScoreParams(dtype=params.dtype), trust_remote_code)
-    needed = KeySet(responses["response_key"])
-    with Journal(sketch_journal_folder() / identity.reference_id, identity.kind) as journal:
-        record_identity(journal.path.parent, identity)
-        absent = needed - journal.key_set()
-        published = sound_reference(out, identity) if len(absent) else None
-        if published:
-            absent -= published.key_set()
-        missing = responses.filter(locate(responses["response_key"], absent.array) >= 0)
-        work = sketch(missing, journal) if len(missing) else _Work()
-        publish_needed(out, needed, [journal, *([published] if published else [])], identity)
-    content = _summary(out, identity, responses, work)
+    with spill_folder(scratch_folder()) as scratch:
+        responses = Responses([open_token_view(pairs)], scratch / "pairs")
+        train = Wanted(responses, np.array(responses.train))
+        if not len(train):
+            raise RequestError(f"{pairs} has no training responses to sketch. Add pairs, or lower prepare.test_share.")
+        _, bad = set_bad_aside([train], model_limits(model, trust_remote_code=trust_remote_code), model)
+        refuse_bad(bad)
+        identity, sketch = _source(
+            model, params, trainable, score or ScoreParams(dtype=params.dtype), trust_remote_code
+        )
+        with Journal(sketch_journal_folder() / identity.reference_id, identity.kind) as journal:
+            record_identity(journal.path.parent, identity)
+            (missing,) = without_rows_of([journal], [train], scratch / "journalled")
+            published = sound_reference(out, identity) if len(missing) else None
+            stored = [published] if published else []
+            (missing,) = without_rows_of(stored, [missing], scratch / "published")
+            work = sketch(missing, journal) if len(missing) else _Work()
+            publish_needed(out, responses.key_set(train.chosen), [journal, *stored], identity)
+        content = _summary(out, identity, len(train), work)
     write_json(metrics, content)
     return content
 
 
 def _source(
     model: Path, params: SketchParams, trainable: Trainable, score: ScoreParams, trust_remote_code: bool
-) -> tuple[SketchIdentity, Callable[[pl.DataFrame, Journal], _Work]]:
+) -> tuple[SketchIdentity, Callable[[Wanted, Journal], _Work]]:
     """The identity of the sketches, and what computes and journals missing ones."""
     if params.by_engine:
         head = _of_head(model, params, trust_remote_code)
         if head.tied:
             print(f"Warning: {model}: {HEAD_PART_ONLY}", file=sys.stderr)
 
-        def by_engine(missing: pl.DataFrame, journal: Journal) -> _Work:
+        def by_engine(missing: Wanted, journal: Journal) -> _Work:
+            missing = replace(missing, among=missing.chosen, sketched=missing.of.all)
             seconds = sketch_by_engine(missing, model, head, score, journal, trust_remote_code=trust_remote_code)
-            return _Work(len(missing), row_tokens(missing), seconds)
+            return _Work(len(missing), missing.tokens, seconds)
 
         return head.identity, by_engine
     sketcher = _load(model, params, trainable, trust_remote_code)
@@ -128,12 +134,12 @@ def _source(
     return sketcher.identity(model), lambda missing, journal: _sketch_missing(missing, sketcher, journal, job)
 
 
-def _sketch_missing(missing: pl.DataFrame, sketcher: "Sketcher", journal: Journal, job: RankJob) -> _Work:
+def _sketch_missing(missing: Wanted, sketcher: "Sketcher", journal: Journal, job: RankJob) -> _Work:
     began = time.perf_counter()
-    work = _Work(len(missing), row_tokens(missing))
+    work = _Work(len(missing), missing.tokens)
     batches = (
         (batch, list(batch.select("prompt_ids", "response_ids").iter_rows()))
-        for batch in length_batches(missing, job.params.batch_tokens)
+        for batch in missing.batches(job.params.batch_tokens)
     )
     with progress_bar("sketch", work.rows, tokens=work.tokens) as advance:
         for batch, sketched in _sketched(batches, sketcher, job):
@@ -158,18 +164,7 @@ def _sketched(
     yield from sketch_on_ranks(job, batches)
 
 
-def length_batches(rows: pl.DataFrame, batch_tokens: int) -> Iterator[pl.DataFrame]:
-    """`rows` in batches of at most `batch_tokens` tokens, padding included, longest first; at least one row each."""
-    length = pl.col("prompt_ids").list.len() + pl.col("response_ids").list.len()
-    rows = rows.with_columns(length.alias("_length")).sort("_length", "response_key", descending=[True, False])
-    start = 0
-    while start < len(rows):
-        count = max(1, batch_tokens // int(rows["_length"][start]))
-        yield rows[start : start + count]
-        start += count
-
-
-def _summary(out: Path, identity: SketchIdentity, responses: pl.DataFrame, work: _Work) -> dict[str, Any]:
+def _summary(out: Path, identity: SketchIdentity, responses: int, work: _Work) -> dict[str, Any]:
     sketches = open_sketches(out, expect=identity)
     norms = np.concatenate([table["grad_norm"].to_numpy() for table in sketches.tables(["grad_norm"])])
     stored = sum(shard.bytes for shard in sketches.manifest.shards)
@@ -177,15 +172,15 @@ def _summary(out: Path, identity: SketchIdentity, responses: pl.DataFrame, work:
     return {
         "mode": identity.mode,
         "source": identity.source or "gradient",
-        "responses": len(responses),
+        "responses": responses,
         "rows_sketched": work.rows,
-        "rows_reused": len(responses) - work.rows,
+        "rows_reused": responses - work.rows,
         "tokens_sketched": work.tokens,
         "seconds": round(work.seconds, 3),
         "rows_per_second": round(work.rows * per_second, 3),
         "tokens_per_second": round(work.tokens * per_second, 1),
         "numbers_per_row": sum(identity.widths.values()) + (identity.audit or 0),
-        "bytes_per_row": round(stored / len(responses), 1),
+        "bytes_per_row": round(stored / responses, 1),
         "grad_norm": {
             "mean": float(norms.mean(dtype=np.float64)),
             **{f"p{q:02d}": float(np.quantile(norms, q / 100)) for q in (1, 50, 99)},

@@ -3,50 +3,46 @@
 Apart, so that a new suite changes no byte of what policies are trained against, and retrains none.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import polars as pl
+import numpy as np
 
-from cache import RowSource, StoredRows
+from cache import KeySet, RowSource, StoredRows
 from cache.identity import Identity
 from pipeline.data.suites import suite_folders
-from pipeline.data.tables import read_responses
-from pipeline.engine.rows import ROW_COLUMNS, scoring_order
 from pipeline.reference.publication import publish_needed, sound_reference
+from pipeline.reference.responses import Responses, Wanted, first_of_each
 from pipeline.reference.unscorable import Folders
+from pipeline.tokens.view import open_token_view
 
 
 class SuiteResponses:
     """The distinct responses of all suites in the prepared folder `suites`, and their publication `out`.
 
-    None for both: there are no suites, and nothing is published. Raises RequestError where `suites` was not prepared.
+    None for both: there are no suites, and nothing is published. keys: theirs, mapped. scratch: a folder for temporary
+    files, for as long as this object is used. Raises RequestError where `suites` was not prepared.
     """
 
-    def __init__(self, suites: Path | None, out: Path | None) -> None:
+    def __init__(self, suites: Path | None, out: Path | None, scratch: Path) -> None:
         self.outs = [] if out is None else [out]
         prepared = {} if suites is None else suite_folders(suites)
         self.folders: Folders = {f"suite {name} ": folder for name, folder in prepared.items()}
-        tables = [read_responses(folder).select(ROW_COLUMNS) for folder in prepared.values()]
-        self._rows = pl.concat(tables).unique("response_key", maintain_order=True) if tables else None
-        self.keys: set[bytes] = set() if self._rows is None else set(self._rows["response_key"])
+        self._rows = Responses([open_token_view(folder) for folder in prepared.values()], scratch)
+        self.keys = self._rows.key_set()
 
-    def after(self, rows: pl.DataFrame, column: str) -> pl.DataFrame:
-        """`rows`, then in the order of scoring those that are not among them; `column` says which are which.
+    def besides(self, pairs: KeySet) -> Wanted:
+        """Those that are not among `pairs`, none of them to be sketched.
 
-        In calls of their own, so that the pairs' rows lie in the same batches with and without suites, and get the same
-        numbers also where these depend on the batch. Columns that only the pairs' rows have are false.
+        Asked for in calls of their own, after the pairs' rows, so that these lie in the same batches with and without
+        suites, and get the same numbers also where numbers depend on the batch.
         """
-        rows = rows.with_columns(pl.lit(False).alias(column))
-        if self._rows is None:
-            return rows
-        own = scoring_order(self._rows.join(rows, on="response_key", how="anti"))
-        more = [pl.lit(name == column).alias(name) for name in rows.columns if name not in ROW_COLUMNS]
-        return pl.concat([rows, own.with_columns(more).select(rows.columns)])
+        own = self._rows.without(first_of_each(self._rows.table.keys), pairs)
+        return Wanted(self._rows, own, among=own, sketched=np.zeros(len(own), np.bool_))
 
-    def published(self, identity: Identity, unknown: Collection[bytes]) -> list[StoredRows]:
-        """What is sound of the earlier publication, where some row is known from nowhere else."""
-        found = [sound_reference(out, identity) for out in self.outs] if unknown else []
+    def published(self, identity: Identity) -> list[StoredRows]:
+        """What is sound of the earlier publication."""
+        found = [sound_reference(out, identity) for out in self.outs]
         return [stored for stored in found if stored is not None]
 
     def publish(self, sources: Sequence[RowSource], identity: Identity) -> None:

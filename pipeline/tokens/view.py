@@ -58,8 +58,8 @@ class TokenView:
     keys, prompt_keys: (n,) and (prompts,) of dtype S16, whose single items lose zeros at their end (cache/key_set.py:
     key_bytes). prompt_numbers: (n,) int32, of each response's prompt. train: (n,) bool, whether its split is "train".
     flat_responses, flat_prompts: all their ids, int32; those of response i begin at response_starts[i] and end at
-    response_starts[i + 1], (n + 1,), those of prompt number i likewise. Arrays are read-only, and mapped but for the
-    lengths, which are counted when they are asked for.
+    response_starts[i + 1], (n + 1,), those of prompt number i likewise. All arrays are read-only, and mapped but for
+    the lengths, which are counted when they are asked for.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,26 +1,27 @@
 """Drift on demand: every row, or a larger sample, against the trainer's own forward; flagged rows scored again.
 
-Memory holds one chunk of rows, and of all others some 50 bytes each: keys and lengths, never tokens.
+Memory holds one chunk of rows, a byte of each other one, and some 200 of those that are flagged.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import polars as pl
 
-from cache import CacheCorrupt, Journal, Reference, open_reference, verify
-from pipeline.data.tables import iter_responses, scan_pairs, scan_responses, scan_sources
-from pipeline.engine.rows import ROW_COLUMNS, engine_rows, scored_table
+from cache import CacheCorrupt, Journal, KeySet, Reference, open_reference, require_keys, verify
+from cache.spill import spill_folder, stored_key_set
+from pipeline.data.tables import find_sources, pair_sides
+from pipeline.engine.rows import engine_rows, scored_table
 from pipeline.params import ScoreParams
 from pipeline.progress import progress_bar
 from pipeline.reference import drift
 from pipeline.reference.drift_statistics import DriftTally, difference, six_digits
 from pipeline.reference.identity import open_for_model
 from pipeline.reference.publication import adopt, publish_needed, recorded_rows
+from pipeline.reference.responses import Responses, Wanted
 from pipeline.reference.trainer_forward import TrainerForward
-from pipeline.workspace import journal_folder, rescored_folder
+from pipeline.tokens.view import open_token_view
+from pipeline.workspace import journal_folder, rescored_folder, scratch_folder
 
 CHUNK_ROWS = 2000  # looked up in the reference cache at a time
 JOURNAL_ROWS = 64  # rescored between two appends: what a kill can cost
@@ -77,21 +78,24 @@ def check_reference_drift(
     """
     reference = open_for_model(path, model)
     scope = _Scope(pairs, model, trainer_dtype, sample, tolerance, trust_remote_code)
-    if not rescore:
-        found, _ = _compare(reference, scope)
-        stored = drift.read_drift(path)
-        return found | {"rescored": None, "drift": stored and drift.summary(stored)}
-    identity = reference.identity
-    with (
-        Journal(journal_folder() / identity.reference_id),  # one writer: scoring and this exclude each other
-        Journal(rescored_folder(identity.reference_id)) as journal,
-    ):
-        reference = open_reference(path, expect=identity)
-        _require_sound(path)
-        adopt(recorded_rows(path, identity.reference_id), journal, reference)
-        found, flagged = _compare(reference, scope)
-        outcome = _rescore(flagged, journal, scope)
-        measured = _publish(reference, journal, scope)
+    with spill_folder(scratch_folder()) as scratch:
+        responses = Responses([open_token_view(pairs)], scratch / "pairs")
+        if not rescore:
+            found, _ = _compare(reference, responses, scope)
+            stored = drift.read_drift(path)
+            return found | {"rescored": None, "drift": stored and drift.summary(stored)}
+        identity = reference.identity
+        with (
+            Journal(journal_folder() / identity.reference_id),  # one writer: scoring and this exclude each other
+            Journal(rescored_folder(identity.reference_id)) as journal,
+        ):
+            reference = open_reference(path, expect=identity)
+            _require_sound(path)
+            adopt(recorded_rows(path, identity.reference_id), journal, reference)
+            found, flagged = _compare(reference, responses, scope)
+            outcome = _rescore(flagged, journal, responses, scope)
+            keys = stored_key_set(reference.key_tables(), scratch / "published")
+            measured = _publish(reference, keys, journal, responses, scope)
     return found | {"rescored": outcome, "drift": drift.summary(measured)}
 
 
@@ -106,15 +110,18 @@ def _require_sound(path: Path) -> None:
         )
 
 
-def _compare(reference: Reference, scope: _Scope) -> tuple[dict[str, Any], list[Flagged]]:
-    pairs, sample = scope.pairs, scope.sample
-    chosen = None if sample is None else drift.choose_sample(scan_responses(pairs), sample)["response_key"]
-    lengths = _lengths(pairs, chosen)
-    reference.rows(lengths["response_key"], ["n_tokens"])  # a missing row is told now, not after hours
+def _compare(reference: Reference, responses: Responses, scope: _Scope) -> tuple[dict[str, Any], list[Flagged]]:
+    pairs = scope.pairs
+    if scope.sample is None:
+        chosen = Wanted(responses, responses.all)
+    else:
+        chosen = Wanted(responses, responses.chosen(drift.sample_rows(responses, scope.sample)))
+    # A missing row is told now, not after hours.
+    require_keys(reference, responses.key_batches(chosen.chosen), scratch=scratch_folder())
     tally, flagged = DriftTally(), list[Flagged]()
     forward = TrainerForward(scope.model, scope.dtype, trust_remote_code=scope.trust_remote_code)
-    with progress_bar("drift", len(lengths), tokens=int(lengths["length"].sum())) as advance:
-        for rows in _chunks(pairs, chosen):
+    with progress_bar("drift", len(chosen), tokens=chosen.tokens) as advance:
+        for rows in chosen.frames(CHUNK_ROWS):
             cached = reference.rows(rows["response_key"], ["token_logps"])["token_logps"]
             for key, values, row in zip(rows["response_key"], cached, engine_rows(rows), strict=True):
                 own = forward(*row)
@@ -123,67 +130,44 @@ def _compare(reference: Reference, scope: _Scope) -> tuple[dict[str, Any], list[
                     flagged.append(Flagged(key, len(own), off, float(own.sum(dtype=np.float64))))
                 advance(1, len(row[0]) + len(row[1]))
     flagged.sort(key=lambda row: (-row.drift, row.key))
-    keys = scan_pairs(pairs).select("chosen_key", "rejected_key").collect()
     found = {
         "path": str(reference.path),
         "reference_id": reference.identity.reference_id,
         "trainer_dtype": scope.dtype,
         **tally.statistics(),
-        "typical_margin": six_digits(drift.typical_margin(keys, reference)),
+        "typical_margin": six_digits(drift.typical_margin(pair_sides(pairs), reference)),
         "tolerance": scope.tolerance,
         "flagged_rows": len(flagged),
         "flagged": _named(flagged[:LISTED_ROWS], pairs),
-        "unchecked": reference.n_rows - len(lengths) if sample is None else 0,
+        "unchecked": reference.n_rows - len(chosen) if scope.sample is None else 0,
     }
     return found, flagged
 
 
-def _lengths(pairs: Path, chosen: pl.Series | None) -> pl.DataFrame:
-    """response_key and tokens with the prompt ("length") of the rows to forward."""
-    length = (pl.col("prompt_ids").list.len() + pl.col("response_ids").list.len()).alias("length")
-    rows = scan_responses(pairs).select("response_key", length)
-    if chosen is not None:
-        rows = rows.filter(pl.col("response_key").is_in(chosen.implode()))
-    return rows.collect(engine="streaming")
-
-
-def _chunks(pairs: Path, chosen: pl.Series | None) -> Iterator[pl.DataFrame]:
-    """ROW_COLUMNS of the chosen responses (None: all), in file order; chunks without any are left out."""
-    for rows in iter_responses(pairs, ROW_COLUMNS, rows=CHUNK_ROWS):
-        wanted = rows if chosen is None else rows.filter(pl.col("response_key").is_in(chosen.implode()))
-        if len(wanted):
-            yield wanted
-
-
 def _named(flagged: list[Flagged], pairs: Path) -> list[dict[str, Any]]:
     """The rows with the source lines of the pairs that use them."""
-    keys = pl.Series("response_key", [row.key for row in flagged], dtype=pl.Binary)
-    used = scan_sources(pairs).filter(pl.col("response_key").is_in(keys.implode()))
-    lines = used.group_by("response_key", maintain_order=True)
-    sources = dict(lines.agg(pl.col("source").head(LISTED_SOURCES)).collect().iter_rows())
+    sources = find_sources(pairs, [row.key for row in flagged])
     return [
         {
             "response_key": row.key.hex(),
             "n_tokens": row.n_tokens,
             "drift": six_digits(row.drift),
-            "sources": sources.get(row.key, []),
+            "sources": sources.get(row.key, [])[:LISTED_SOURCES],
         }
         for row in flagged
     ]
 
 
-def _rescore(flagged: list[Flagged], journal: Journal, scope: _Scope) -> dict[str, int]:
+def _rescore(flagged: list[Flagged], journal: Journal, responses: Responses, scope: _Scope) -> dict[str, int]:
     """Journal float32 values of the flagged rows that the journal lacks."""
-    known = journal.keys()
-    wanted = [row.key for row in flagged if row.key not in known]
-    if wanted:
+    wanted = KeySet(row.key for row in flagged) - journal.key_set()
+    if len(wanted):
         forward = TrainerForward(scope.model, "float32", trust_remote_code=scope.trust_remote_code)
         with progress_bar("rescore in float32", len(wanted)) as advance:
-            for chunk in _chunks(scope.pairs, pl.Series(wanted, dtype=pl.Binary)):
-                for rows in chunk.iter_slices(JOURNAL_ROWS):
-                    inputs = engine_rows(rows)
-                    journal.append(scored_table(rows, inputs, [forward(*row) for row in inputs]))
-                    advance(len(rows))
+            for rows in Wanted(responses, responses.among(wanted)).frames(JOURNAL_ROWS):
+                inputs = engine_rows(rows)
+                journal.append(scored_table(rows, inputs, [forward(*row) for row in inputs]))
+                advance(len(rows))
     trainers = {row.key: row.own_sum for row in flagged}
     still = 0
     for table in journal.tables() if flagged else ():
@@ -192,18 +176,19 @@ def _rescore(flagged: list[Flagged], journal: Journal, scope: _Scope) -> dict[st
     return {"rows": len(wanted), "kept": len(flagged) - len(wanted), "still_flagged": still}
 
 
-def _publish(reference: Reference, journal: Journal, scope: _Scope) -> dict[str, Any]:
+def _publish(
+    reference: Reference, keys: KeySet, journal: Journal, responses: Responses, scope: _Scope
+) -> dict[str, Any]:
     """Publish the same rows, rescored ones from the journal; returns the content of drift.json, measured anew."""
-    keys = reference.keys()
-    rescored = keys & journal.keys()
-    if rescored:
+    rescored = journal.key_set() & keys
+    if len(rescored):
         publish_needed(reference.path, keys, [journal, reference], reference.identity)
     before = drift.read_drift(reference.path) or {}
     return drift.ensure_drift(
         reference.path,
         scope.model,
-        responses=scan_responses(scope.pairs),
-        pairs=scan_pairs(scope.pairs).select("chosen_key", "rejected_key").collect(),
+        responses=responses,
+        pairs=pair_sides(scope.pairs),
         reference=open_reference(reference.path, expect=reference.identity),
         trainer_dtype=scope.dtype,
         sample_size=before.get("responses", ScoreParams.model_fields["drift_sample"].default),

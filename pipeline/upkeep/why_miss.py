@@ -1,17 +1,24 @@
 """Why the next `score` or `sketch` reuses its rows, or does not: which identity field differs, which rows are new."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import polars as pl
 
-from cache import CacheCorrupt, CacheError, CacheIncomplete
-from cache.garbage import find_journals, journalled_keys
+from cache import CacheCorrupt, CacheError, CacheIncomplete, KeySet, StoredRows
+from cache.garbage import find_journals, journalled_key_tables
 from cache.identity import Identity, recorded_identity, short_digest
+from cache.key_set import key_array
 from cache.manifest import read_manifest
 from cache.repair import sound_part
 from cache.sketches import NONE
-from pipeline.data.tables import read_responses
+from cache.spill import stored_key_set
+from pipeline.data.tables import iter_responses
 from pipeline.errors import RequestError
 from pipeline.params import ScoreParams, SketchParams, Trainable
 from pipeline.progress import activity
@@ -19,6 +26,7 @@ from pipeline.reference.identity import reference_identity
 from pipeline.reference.sketching import sketch_identity
 from pipeline.workspace import journal_folder, sketch_journal_folder
 
+_BATCH_ROWS = 1 << 16
 OTHER_KEYS = (
     "No row of this reference is for any of these prompts: the tokenizer, the chat template or the truncation changed, "
     "or this is another dataset."
@@ -33,12 +41,12 @@ def explain_reuse(*, pairs: Path, model: Path, reference: Path, params: ScorePar
     and missing_prompts (rows under prompts without any); `published` and `journals` with the fields that differ, as
     {field: [theirs, ours]}; `reasons`, sentences for people, empty where all is reused.
     """
-    responses = read_responses(pairs)
-    if responses.is_empty():
-        raise RequestError(f"{pairs} has no responses to score. Run `dvc repro prepare` on data with pairs.")
-    with activity(f"digesting {model}"):
-        identity = reference_identity(model, dtype=params.dtype, quantization=params.quantization)
-    return _explain(responses, identity, reference, journal_folder())
+    with _asked(pairs) as asked:
+        if not len(asked.keys):
+            raise RequestError(f"{pairs} has no responses to score. Run `dvc repro prepare` on data with pairs.")
+        with activity(f"digesting {model}"):
+            identity = reference_identity(model, dtype=params.dtype, quantization=params.quantization)
+        return _explain(asked, identity, reference, journal_folder())
 
 
 def explain_sketch_reuse(
@@ -51,39 +59,67 @@ def explain_sketch_reuse(
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """As `explain_reuse`, of the next `sketch`; loads the model. With sketch.mode none no response is asked for."""
-    responses = read_responses(pairs).filter(pl.col("split") == "train")
-    if responses.is_empty():
-        raise RequestError(f"{pairs} has no training responses to sketch. Add pairs, or lower prepare.test_share.")
-    identity = sketch_identity(model, params=params, trainable=trainable, trust_remote_code=trust_remote_code)
-    if identity.mode == NONE:
-        responses = responses.clear()
-    return _explain(responses, identity, sketches, sketch_journal_folder())
+    with _asked(pairs, "train") as asked:
+        if not len(asked.keys):
+            raise RequestError(f"{pairs} has no training responses to sketch. Add pairs, or lower prepare.test_share.")
+        identity = sketch_identity(model, params=params, trainable=trainable, trust_remote_code=trust_remote_code)
+        if identity.mode == NONE:
+            asked = replace(asked, keys=KeySet(), split="none")
+        return _explain(asked, identity, sketches, sketch_journal_folder())
 
 
-def _explain(responses: pl.DataFrame, identity: Identity, reference: Path, journal_root: Path) -> dict[str, Any]:
-    needed = set(responses["response_key"])
-    published, known = _published(reference, identity)
+@dataclass
+class _Asked:
+    """The responses of a prepared folder that are asked for, of one split or (None) both; keys and prompts: theirs,
+    mapped from files in `scratch`."""
+
+    pairs: Path
+    split: str | None
+    scratch: Path
+    keys: KeySet = field(default_factory=KeySet)
+    prompts: KeySet = field(default_factory=KeySet)
+
+    def batches(self) -> Iterator[pl.DataFrame]:
+        for rows in iter_responses(self.pairs, ["response_key", "prompt_key", "split"], rows=_BATCH_ROWS):
+            yield rows if self.split is None else rows.filter(pl.col("split") == self.split)
+
+    def stored(self, column: str) -> KeySet:
+        return stored_key_set((rows.select(column).to_arrow() for rows in self.batches()), self.scratch / column)
+
+
+@contextmanager
+def _asked(pairs: Path, split: str | None = None) -> Iterator[_Asked]:
+    with TemporaryDirectory(prefix="refcache-") as scratch:
+        asked = _Asked(pairs, split, Path(scratch))
+        asked.keys, asked.prompts = asked.stored("response_key"), asked.stored("prompt_key")
+        yield asked
+
+
+def _explain(asked: _Asked, identity: Identity, reference: Path, journal_root: Path) -> dict[str, Any]:
+    published, sound = _published(reference, identity)
+    known = [stored_key_set(sound.key_tables(), asked.scratch / "published")] if sound else []
     journals = []
     for folder in find_journals(journal_root):
-        found = _journal(folder, journal_root, identity, needed)
+        found, keys = _journal(folder, journal_root, identity, asked)
         journals.append(found)
         if found["ours"]:
-            known |= journalled_keys(folder)
-    rows = _missing(responses, known)
+            known.append(keys)
+    rows = _missing(asked, known)
+    reusable = len(asked.keys) - rows["missing"]
     return {
         "reference_id": identity.reference_id,
         "identity": identity.to_dict(),
-        "responses": len(needed),
-        "reusable": len(needed & known),
+        "responses": len(asked.keys),
+        "reusable": reusable,
         **rows,
         "published": published,
         "journals": journals,
-        "reasons": _reasons(rows, published, journals, needed & known),
+        "reasons": _reasons(rows, published, journals, reusable),
     }
 
 
-def _published(reference: Path, identity: Identity) -> tuple[dict[str, Any], set[bytes]]:
-    """What stands at `reference`, and the keys of its rows that the stage would take."""
+def _published(reference: Path, identity: Identity) -> tuple[dict[str, Any], StoredRows | None]:
+    """What stands at `reference`, and its rows that the stage would take."""
     found: dict[str, Any] = {"path": str(reference), "reference_id": None, "rows": 0, "differs": {}, "problem": None}
     try:
         manifest = read_manifest(reference)
@@ -101,50 +137,53 @@ def _published(reference: Path, identity: Identity) -> tuple[dict[str, Any], set
         else:
             found["differs"] = _differences(type(identity).from_dict(manifest.identity), identity)
     sound = sound_part(reference, identity)
-    keys = sound.keys() if sound else set[bytes]()
-    if not found["differs"] and not found["problem"] and len(keys) < found["rows"]:
-        lost = found["rows"] - len(keys)
+    lost = found["rows"] - (sound.n_rows if sound else 0)
+    if not found["differs"] and not found["problem"] and lost > 0:
         found["problem"] = f"{lost} of its rows are in damaged or missing shards (see `refcache verify {reference}`)"
-    return found, keys
+    return found, sound
 
 
-def _journal(folder: Path, root: Path, identity: Identity, needed: set[bytes]) -> dict[str, Any]:
-    reference_id = folder.relative_to(root).parts[0]
+def _journal(folder: Path, root: Path, identity: Identity, asked: _Asked) -> tuple[dict[str, Any], KeySet]:
+    """What the journal in `folder` holds, and its keys."""
+    place = folder.relative_to(root)
+    reference_id = place.parts[0]
     try:
-        keys, problem = journalled_keys(folder), None
+        keys, problem = stored_key_set(journalled_key_tables(folder), asked.scratch / "journals" / place), None
     except CacheError as error:
-        keys, problem = set(), str(error)
+        keys, problem = KeySet(), str(error)
     recorded = recorded_identity(root / reference_id, type(identity))
-    return {
+    found = {
         "path": str(folder),
         "reference_id": reference_id,
         "ours": reference_id == identity.reference_id,
         "rows": len(keys),
-        "rows_for_these_pairs": len(keys & needed),
+        "rows_for_these_pairs": keys.shared_with(asked.keys),
         "differs": _differences(recorded, identity) if recorded else {},
         "problem": problem,
     }
+    return found, keys
 
 
 def _differences(theirs: Identity, ours: Identity) -> dict[str, list[Any]]:
     return {field: list(values) for field, values in theirs.differences(ours).items()}
 
 
-def _missing(responses: pl.DataFrame, known: set[bytes]) -> dict[str, int]:
-    has_row = pl.col("response_key").is_in(list(known)) if known else pl.lit(False)
-    marked = responses.select("response_key", "prompt_key", has_row.alias("has_row"))
-    marked = marked.with_columns(pl.col("has_row").any().over("prompt_key").alias("known_prompt"))
-    missing = marked.filter(~pl.col("has_row"))
-    under_known = int(missing["known_prompt"].sum())
-    return {
-        "missing": len(missing),
-        "missing_responses": under_known,
-        "missing_prompts": len(missing) - under_known,
-    }
+def _missing(asked: _Asked, known: list[KeySet]) -> dict[str, int]:
+    lacking = np.zeros(len(asked.prompts), np.int32)  # rows of each prompt
+    has_rows = np.zeros(len(asked.prompts), np.bool_)
+    for rows in asked.batches():
+        keys, prompts = key_array(rows["response_key"]), asked.prompts.positions(key_array(rows["prompt_key"]))
+        there = np.zeros(len(keys), np.bool_)
+        for source in known:
+            there |= source.contains(keys)
+        has_rows[prompts[there]] = True
+        np.add.at(lacking, prompts[~there], 1)
+    missing, under_known = int(lacking.sum()), int(lacking[has_rows].sum())
+    return {"missing": missing, "missing_responses": under_known, "missing_prompts": missing - under_known}
 
 
 def _reasons(
-    rows: dict[str, int], published: dict[str, Any], journals: list[dict[str, Any]], reusable: set[bytes]
+    rows: dict[str, int], published: dict[str, Any], journals: list[dict[str, Any]], reusable: int
 ) -> list[str]:
     if not rows["missing"]:
         return []

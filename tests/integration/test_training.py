@@ -12,13 +12,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from cache import CacheIncomplete, CacheMismatch, open_reference
-from pipeline.data.tables import read_pairs, scan_responses
+from pipeline.data.tables import pair_sides, read_pairs, scan_responses
 from pipeline.errors import RequestError
 from pipeline.params import TrainParams
 from pipeline.reference.drift import ensure_drift
@@ -27,6 +28,7 @@ from pipeline.runs.policy import train_policy
 from pipeline.training.batches import batch_indices
 from tests import ROOT
 from tests.integration.trainings import TRAIN, RanksEnded, inputs, outputs, read_table, without_speed
+from tests.scoring_project import open_responses
 from tests.tiny import (
     shift_row,
     write_model,
@@ -255,16 +257,17 @@ def train(root: Path, out: Path, *, variant: str = "dpo", **settings):
 
 
 def measure_drift(root: Path, sample_size: int) -> dict:
-    return ensure_drift(
-        root / "logps",
-        root / "model",
-        responses=scan_responses(root / "pairs"),
-        pairs=read_pairs(root / "pairs"),
-        reference=open_reference(root / "logps", expect=None),
-        trainer_dtype="float32",
-        sample_size=sample_size,
-        trust_remote_code=False,
-    )
+    with TemporaryDirectory() as scratch:
+        return ensure_drift(
+            root / "logps",
+            root / "model",
+            responses=open_responses(root / "pairs", Path(scratch)),
+            pairs=pair_sides(root / "pairs"),
+            reference=open_reference(root / "logps", expect=None),
+            trainer_dtype="float32",
+            sample_size=sample_size,
+            trust_remote_code=False,
+        )
 
 
 class TestRefusals:

@@ -3,7 +3,7 @@
 import polars as pl
 import pytest
 
-from pipeline.data.tables import scan_sources
+from pipeline.data.tables import find_sources
 from pipeline.errors import RequestError
 from pipeline.params import ModelParams
 from tests.pipeline.data import chat_tokenizers
@@ -98,8 +98,8 @@ def test_a_label_is_true_or_false(prepared, label):
 
 def test_responses_of_feedback_are_named_by_their_lines_too(prepared):
     _, rows = prepared([*pair_rows(2), *unpaired(("a?", "b", True), ("c?", "d", False))])
-    found = scan_sources(prepared.out / "pairs").collect()
-    named = dict(found.group_by("response_key").agg("source").iter_rows())
+    responses = pl.read_parquet(prepared.out / "pairs/responses.parquet")
+    named = find_sources(prepared.out / "pairs", responses["response_key"])
     assert [named[key] for key in rows["response_key"]] == [["pairs.jsonl:3"], ["pairs.jsonl:4"]]
     assert [named[key] for key in rows["mismatched_key"]] == [["pairs.jsonl:3"], ["pairs.jsonl:4"]]
-    assert len(named) == len(pl.read_parquet(prepared.out / "pairs/responses.parquet"))
+    assert len(named) == len(responses)

@@ -8,8 +8,9 @@ import polars as pl
 import pytest
 
 from cache import Journal, ReferenceIdentity, logps_table, open_reference, prompt_key, publish_reference, response_key
-from pipeline.reference import drift
+from pipeline.reference import drift, order
 from pipeline.reference.drift_statistics import drift_statistics
+from tests.scoring_project import open_responses, write_prepared
 
 IDENTITY = ReferenceIdentity(
     weights="ab", config="cd", adapter=None, dtype="float32", quantization=None, engine="vllm", engine_version="0.32.0"
@@ -44,19 +45,37 @@ def test_statistics_refuse_answers_of_other_lengths():
         drift_statistics([np.zeros(2)], [np.zeros(3)])
 
 
-def test_sample_is_the_smallest_keys_and_the_longest_row():
+@pytest.fixture
+def sample(tmp_path, monkeypatch):
+    """Keys of the sample of so many rows of a table of responses."""
+    monkeypatch.setenv("REFCACHE_HOME", str(tmp_path / "home"))
+
+    def call(table, size):
+        return drift.choose_sample(prepared(table, tmp_path), size)["response_key"].to_list()
+
+    return call
+
+
+def prepared(table, root):
+    write_prepared(root / "pairs", table.select("prompt_ids", "response_ids").rows())
+    return open_responses(root / "pairs", root / "scratch")
+
+
+@pytest.mark.parametrize("rows_at_once", [7, 100])
+def test_sample_is_the_smallest_keys_and_the_longest_row(sample, monkeypatch, rows_at_once):
+    monkeypatch.setattr(order, "CHUNK_ROWS", rows_at_once)
     table = responses(50)
-    found = drift.choose_sample(table, 8)["response_key"].to_list()
+    found = sample(table, 8)
     smallest = table["response_key"].sort().to_list()
     longest = table["response_key"][-1]
     assert longest not in smallest[:8]  # otherwise this test shows nothing
     assert found == [*smallest[:7], longest]
-    assert drift.choose_sample(table[::-1], 8)["response_key"].to_list() == found
+    assert sample(table[::-1], 8) == found
 
 
-def test_sample_of_everything_is_everything_once():
+def test_sample_of_everything_is_everything_once(sample):
     table = responses(5)
-    assert drift.choose_sample(table, 64)["response_key"].to_list() == table["response_key"].sort().to_list()
+    assert sample(table, 64) == table["response_key"].sort().to_list()
 
 
 @pytest.fixture
@@ -77,10 +96,11 @@ def published(tmp_path):
     return tmp_path / "logps", table, pairs, logps
 
 
-def test_typical_margin_is_the_median_distance_within_pairs(published):
+def test_typical_margin_is_the_median_distance_within_pairs(published, monkeypatch):
     folder, _, pairs, _ = published
+    monkeypatch.setenv("REFCACHE_HOME", str(folder.parent / "home"))
     # |-1 + 4| = 3, |-4 + 10| = 6, |-10 + 1| = 9
-    assert drift.typical_margin(pairs, open_reference(folder, expect=IDENTITY)) == 6.0
+    assert drift.typical_margin(pairs.to_arrow().to_batches(), open_reference(folder, expect=IDENTITY)) == 6.0
 
 
 @pytest.fixture
@@ -99,11 +119,12 @@ def ensure(published, monkeypatch, tmp_path):
 
     def call(**changes):
         options = {"trainer_dtype": "float32", "sample_size": 2, "pairs": pairs} | changes
+        options["pairs"] = options["pairs"].to_arrow().to_batches()
         asked.clear()
         content = drift.ensure_drift(
             folder,
             Path("model"),
-            responses=table,
+            responses=prepared(table, tmp_path),
             reference=open_reference(folder, expect=IDENTITY),
             trust_remote_code=False,
             **options,

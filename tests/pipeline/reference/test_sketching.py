@@ -3,6 +3,7 @@
 import itertools
 import json
 import multiprocessing
+import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,15 @@ import pytest
 
 from cache import CacheMismatch, Journal, open_sketches, verify
 from pipeline.data.tables import RESPONSES_SCHEMA, read_responses, write_table
+from pipeline.engine.rows import engine_rows
 from pipeline.errors import RequestError, RunFailed
 from pipeline.params import SketchParams
-from pipeline.reference import sketch_ranks, sketching
-from pipeline.reference.sketching import length_batches, sketch_responses
+from pipeline.reference import sketch_ranks
+from pipeline.reference.responses import Wanted
+from pipeline.reference.sketching import sketch_responses
 from pipeline.sketches.sketcher import load_sketcher
 from tests import ROOT
+from tests.scoring_project import open_responses
 from tests.tiny import POSITIONS, write_model, write_pairs
 
 pytestmark = pytest.mark.slow
@@ -66,12 +70,14 @@ def count_sketched(monkeypatch):
     """Keys of all rows that go through a backward from now on, batch by batch."""
     batches = []
 
+    plain = Wanted.batches
+
     def counted(missing, batch_tokens):
-        for batch in length_batches(missing, batch_tokens):
+        for batch in plain(missing, batch_tokens):
             batches.append(batch["response_key"].to_list())
             yield batch
 
-    monkeypatch.setattr(sketching, "length_batches", counted)
+    monkeypatch.setattr(Wanted, "batches", counted)
     return batches
 
 
@@ -149,13 +155,13 @@ def test_batch_size_and_checkpointing_are_no_part_of_the_identity(project):
 
 
 def test_batches_keep_to_their_tokens_with_padding_longest_first(project):
-    rows = training_rows(project)
-    batches = list(length_batches(rows, 64))
-    lengths = [batch["_length"].to_list() for batch in batches]
+    responses = open_responses(project / "pairs", project / "scratch")
+    rows = Wanted(responses, responses.train)
+    lengths = [[len(p) + len(r) for p, r in engine_rows(batch)] for batch in rows.batches(64)]
     assert all(max(batch) * len(batch) <= 64 for batch in lengths if len(batch) > 1)
     flat = [length for batch in lengths for length in batch]
     assert flat == sorted(flat, reverse=True) and len(flat) == 36
-    assert [len(batch) for batch in length_batches(rows, 1)] == [1] * 36
+    assert [len(batch) for batch in rows.batches(1)] == [1] * 36
 
 
 def test_mode_none_writes_an_empty_publication_without_loading_torch(project):
@@ -233,16 +239,19 @@ def test_ranks_sketch_what_one_process_does_and_killed_ones_are_replaced(project
 
 
 def test_a_batch_that_ends_three_ranks_is_named_when_all_others_are_journalled(project, monkeypatch):
-    first = next(length_batches(training_rows(project), PARAMS.batch_tokens))
-    culprit = first["response_ids"][0].to_list()
-    kill_at(monkeypatch, lambda call, sequences: culprit in [response for _, response in sequences])
-    with pytest.raises(
-        RunFailed, match=rf"1 batches ended 3 ranks.*the first of them {first['response_key'][0].hex()}"
-    ):
+    longest = training_rows(project).sort(pl.col("response_ids").list.len(), "response_key")[-1]
+    culprit, key = longest["response_ids"][0].to_list(), longest["response_key"][0]
+    kill_at(monkeypatch, lambda call, sequences: culprit in [list(response) for _, response in sequences])
+    with pytest.raises(RunFailed, match="1 batches ended 3 ranks") as failed:
         run(project, PARAMS.model_copy(update={"ranks": 2}))
+    (lost,) = re.findall(r"They hold (\d+) responses", str(failed.value))
     monkeypatch.undo()
     monkeypatch.setenv("REFCACHE_HOME", str(project.parent / "home"))
-    assert run(project)["rows_sketched"] == len(first)
+    with monkeypatch.context() as patch:
+        plain, appended = Journal.append, []
+        patch.setattr(Journal, "append", lambda journal, rows: (appended.append(rows), plain(journal, rows)))
+        assert run(project)["rows_sketched"] == int(lost)
+    assert key in [key for rows in appended for key in rows["response_key"].to_pylist()]
 
 
 def test_what_a_rank_refuses_is_the_stages_refusal(project):

@@ -33,6 +33,7 @@ from pipeline.upkeep.drift_check import check_reference_drift
 from pipeline.workspace import journal_folder
 from tests import ROOT
 from tests.project import Project
+from tests.scoring_project import open_responses
 from tests.tiny import plain_logps, shift_row, write_model, write_pairs, write_reference_cache
 
 
@@ -127,7 +128,8 @@ def test_every_altered_row_is_flagged_with_its_drift_and_the_pairs_that_use_it(p
 
 
 def test_a_sample_sees_only_its_own_rows(project):
-    sampled = choose_sample(project.responses, 4)["response_key"].to_list()
+    responses = open_responses(project.pairs, project.root / "scratch")
+    sampled = choose_sample(responses, 4)["response_key"].to_list()
     shift_row(project.out, next(key for key in project.keys if key not in sampled), 1.0)
     assert project.check(sample=4)["flagged_rows"] == 0
     shift_row(project.out, sampled[1], 1.0)
