@@ -88,6 +88,10 @@ def collect(place: Place) -> list[str]:
     return place.stage("gc", *words)
 
 
+def training_data(place: Place, what: str) -> list[str]:
+    return place.script("train_data.py", what, place.pairs, place.logps, place.folder / "job.json")
+
+
 STAGES: dict[str, Callable[[Place], list[str]]] = {
     "score --help": lambda place: place.stage("score", "--help"),
     "score": score,
@@ -98,6 +102,9 @@ STAGES: dict[str, Callable[[Place], list[str]]] = {
     "verify": lambda place: place.stage("verify", place.logps),
     f"verify --drift --sample {DRIFT_SAMPLE}": verify_drift,
     "gc --dry-run": collect,
+    "inspect": lambda place: place.stage("inspect", place.logps, "--json"),
+    "train: the stage, before its ranks": lambda place: training_data(place, "stage"),
+    "train: a rank, before its model": lambda place: training_data(place, "rank"),
 }
 
 
