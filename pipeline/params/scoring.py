@@ -8,6 +8,13 @@ from pipeline.params.ranges import Dtype, NonNegative, Positive, Section, Share
 from pipeline.params.suites import SuiteParams
 
 
+class RayParams(Section):
+    """What one engine, or one rank, reserves of a node of the Ray cluster (docs/ray.md)."""
+
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    gpus: NonNegative | None = None  # null: one, for an engine tensor_parallel_size, where the cluster has GPUs
+
+
 class ScoreParams(Section):
     """The vLLM engine, for the reference and, in evaluate, policies; of these, dtype and quantization are identity."""
 
