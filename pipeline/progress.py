@@ -1,6 +1,7 @@
 """Progress of work in rows and tokens, on stderr: a bar on a terminal, otherwise one plain line now and then."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +31,12 @@ def progress_bar(title: str, rows: int, *, tokens: int = 0) -> Iterator[Advance]
 
 @contextmanager
 def activity(title: str) -> Iterator[None]:
-    """Something without measure that takes seconds (an engine that starts); shown on a terminal only."""
-    if not sys.stderr.isatty() or _bars_drawn:  # a second live line would garble the bar
+    """Something without measure that takes seconds (an engine that starts); shown on a terminal only.
+
+    Of several threads the main one alone shows what it does.
+    """
+    shown = sys.stderr.isatty() and threading.current_thread() is threading.main_thread()
+    if not shown or _bars_drawn:  # a second live line would garble the bar
         yield
         return
     from rich.console import Console

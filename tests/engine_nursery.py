@@ -22,7 +22,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.engine.process import engine_environment
+from pipeline.engine.environment import engine_environment
 from pipeline.params import ScoreParams
 from tests import ROOT
 

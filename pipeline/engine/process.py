@@ -9,8 +9,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from pipeline.engine.environment import engine_environment
 from pipeline.engine.probe import Probe
 from pipeline.engine.rows import EngineLength, Row, Sampling
 from pipeline.errors import EngineFailed
@@ -59,22 +61,32 @@ def start_server(pipe: int, log: Path, environment: dict[str, str]) -> subproces
 
 
 class EngineProcess:
-    """vLLM in a process of its own; a context manager. Load a model, then ask; after EngineFailed it is closed."""
+    """vLLM in a process of its own; a context manager. Load a model, then ask; after EngineFailed it is closed.
 
-    def __init__(self, params: ScoreParams, *, log: Path) -> None:
-        """Start the process, which imports vLLM (6 to 15 s) while the caller does something else.
+    One thread at a time may use it, and any other may kill it meanwhile.
+    """
 
-        log: file that receives all that the engine prints.
+    def __init__(self, params: ScoreParams, *, log: Path, place: Mapping[str, str] | None = None) -> None:
+        """Start the process, which imports vLLM (6 to 15 s) while the caller does something else. It ends with the
+        thread that calls this or `load`.
+
+        log: file that receives all that the engine prints. place: of environment.engine_places; None: all GPUs or
+        cores.
         """
         self.log = log
-        self._params = params
+        self._params, self._place = params, dict(place or {})
+        self._starting, self._unwanted = threading.Lock(), False
+        self._using = threading.RLock()  # the pipe, which must not be closed while another thread waits at it
         log.write_bytes(b"")
         self._start()
 
     def _start(self) -> None:
-        self._pipe, theirs = multiprocessing.Pipe()
-        self._process = start_server(theirs.fileno(), self.log, engine_environment(self._params))
-        theirs.close()
+        with self._starting:
+            if self._unwanted:
+                raise EngineFailed("The vLLM engine was ended by its stage.")
+            self._pipe, theirs = multiprocessing.Pipe()
+            self._process = start_server(theirs.fileno(), self.log, engine_environment(self._params) | self._place)
+            theirs.close()
 
     @property
     def pid(self) -> int:
@@ -93,6 +105,7 @@ class EngineProcess:
         sampling: bool = False,
         trust_remote_code: bool = False,
         plan: HeadPlan | None = None,
+        backend: str | None = None,
         exchangeable: bool = False,
         lora_rank: int | None = None,
         tokenizer: Path | None = None,
@@ -102,9 +115,10 @@ class EngineProcess:
 
         length: from rows.engine_length. With a probe the fastest backend is taken that answers it rightly;
         without one, or with sampling (`generate`), the one that vLLM supports everywhere. plan: of sketches that
-        `score` is going to be asked for, which hidden_states alone can give. exchangeable: `model` says what is built,
-        and `exchange` brings the weights. lora_rank: at most, of adapters for `adapt`. tokenizer: folder, for
-        Sampling.stop. classes: a model for `classify`. Raises EngineFailed.
+        `score` is going to be asked for, which hidden_states alone can give. backend: the only one to try; None: as
+        params say. exchangeable: `model` says what is built, and `exchange` brings the weights. lora_rank: at most, of
+        adapters for `adapt`. tokenizer: folder, for Sampling.stop. classes: a model for `classify`. Raises
+        EngineFailed.
         """
         settings = {
             "model": model.absolute(),
@@ -122,16 +136,18 @@ class EngineProcess:
             candidates = _backends(self._params, on_cpu=on_cpu, choice=probe is not None and not sampling)
             if plan is not None or classes:
                 candidates = ["classes" if classes else "hidden_states"]
-            for backend in candidates:
+            if backend is not None:
+                candidates = [backend]
+            for candidate in candidates:
                 try:
-                    self._ask(settings | {"backend": backend}, "did not start", None)
+                    self._ask(settings | {"backend": candidate}, "did not start", None)
                     if probe is not None and not sampling:
-                        self._check(probe, backend)
-                    return backend
+                        self._check(probe, candidate)
+                    return candidate
                 except EngineFailed as error:
-                    if backend == candidates[-1]:
+                    if candidate == candidates[-1] or self._unwanted:
                         raise
-                    print(f"vLLM's {backend} is not used: {str(error).splitlines()[0]}", file=sys.stderr)
+                    print(f"vLLM's {candidate} is not used: {str(error).splitlines()[0]}", file=sys.stderr)
                     self._start()
                     self._ask(None, "did not start", None)
         raise AssertionError("there is always a last candidate")
@@ -141,7 +157,7 @@ class EngineProcess:
             Scored(*self._ask(("score", (probe.rows,), {}), "failed its probe", None)).logps
         )
         if difference > probe.tolerance:
-            self.kill()
+            self._end()
             raise self._failure(
                 f"gave log-probs by {backend} that are up to {difference:.3g} nats from transformers' "
                 f"(allowed {probe.tolerance:g}), so one of the two does not compute what the config says. Scoring "
@@ -194,14 +210,15 @@ class EngineProcess:
 
     def _ask(self, request: object, failed: str, advance: Advance | None) -> Any:
         """Send `request`, unless it is None, and wait for the answer."""
-        try:
-            if request is not None:
-                with suppress(BrokenPipeError):  # a dead engine is reported by _answer, with its log
-                    self._pipe.send(request)
-            return self._answer(failed, advance)
-        except BaseException:
-            self.kill()  # its state is unknown: vLLM may hang in the call after an error
-            raise
+        with self._using:
+            try:
+                if request is not None:
+                    with suppress(BrokenPipeError):  # a dead engine is reported by _answer, with its log
+                        self._pipe.send(request)
+                return self._answer(failed, advance)
+            except BaseException:
+                self._end()  # its state is unknown: vLLM may hang in the call after an error
+                raise
 
     def _answer(self, failed: str, advance: Advance | None) -> Any:
         """The answer, after any number of progress reports; each of these starts the timeout anew."""
@@ -249,10 +266,18 @@ class EngineProcess:
         self.kill()
 
     def kill(self) -> None:
+        """End the engine at once, from any thread; the one that waits for an answer gets EngineFailed."""
+        with self._starting:
+            self._unwanted = True
+        self._end()
+
+    def _end(self) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)  # with the workers of tensor parallelism, if they still live
         self._process.wait()
-        self._pipe.close()
+        if self._using.acquire(blocking=False):  # else its user notices the death, and comes here itself
+            self._pipe.close()
+            self._using.release()
 
     def __enter__(self) -> Self:
         return self
@@ -272,30 +297,6 @@ def _backends(params: ScoreParams, *, on_cpu: bool, choice: bool) -> list[str]:
         return [params.backend]
     # Fixed-id scoring needs vLLM's second model runner, which doesn't run on CPU.
     return ["hidden_states", "prompt_logprobs"] if on_cpu else ["token_ids", "hidden_states", "prompt_logprobs"]
-
-
-def engine_environment(params: ScoreParams) -> dict[str, str]:
-    """The engine's whole environment. What must be set before its Python starts is set, unless the user has set it."""
-    defaults = {
-        # glibc would return every freed activation to the kernel and fault it in again: 20-30 % of a CPU run in bf16.
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-        # libgomp's threads would spin for milliseconds between two operations: on cores that others use too, a small
-        # model ran at a seventh of its speed. This is about 50 us, longer than the gaps of an undisturbed run.
-        "GOMP_SPINCOUNT": "1000",
-        # The engine's core in that process and not in yet another, whose death vLLM wouldn't notice.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": str(params.cpu_kv_cache_gib),
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-    }
-    if params.enforce_eager:
-        # vLLM would still compile the kernel that ranks tokens, in the first call: 3 to 6 s for ranks nobody asked for.
-        defaults["TORCHDYNAMO_DISABLE"] = "1"
-    # This package must be found again, also where it is not installed and the stage runs in another folder.
-    here = str(Path(__file__).parents[2])
-    search = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    return defaults | os.environ | {"PYTHONPATH": search}
 
 
 @contextmanager

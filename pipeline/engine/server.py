@@ -12,12 +12,16 @@ import traceback
 from contextlib import suppress
 from multiprocessing.connection import Connection
 
+CPUS = "REFCACHE_ENGINE_CPUS"  # in the environment: numbers of the cores to keep to, "0,1,2"; absent: all
 _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     pipe, stage_pid = Connection(int(sys.argv[1])), int(sys.argv[2])
     _die_with(stage_pid)
+    if cpus := os.environ.get(CPUS):
+        # Before torch and vLLM are imported, which take as many threads as there are cores to use.
+        os.sched_setaffinity(0, map(int, cpus.split(",")))
     try:
         _serve(pipe)
     except EOFError:
@@ -52,7 +56,10 @@ def _serve(pipe: Connection) -> None:
 
 
 def _die_with(stage_pid: int) -> None:
-    """Be killed when the stage dies (Linux); elsewhere the end of the pipe ends us, after the call under way."""
+    """Be killed when the stage dies, or the thread of it that started us (Linux).
+
+    Elsewhere the end of the pipe ends us, after the call under way.
+    """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != stage_pid:  # it died before the line above

@@ -1,35 +1,72 @@
-"""Engines die, hang and fail. Scoring goes on with another one, and a row that ends every engine is set aside.
+"""Engines die, hang and fail. Scoring goes on with others, and a row that ends every engine is set aside.
 
 Nobody can tell which row of a call ended an engine. So the rows that were in it are asked again in smaller calls, after
 everything else: first in about the square root of as many (256 rows: 16 calls of 16), then each row alone. The row at
 fault has then ended three engines, the last one alone, and its neighbours have been answered.
 """
 
+import itertools
 import math
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from threading import Lock
+from typing import NamedTuple, Protocol, Self
 
 import polars as pl
 
+from pipeline.engine.environment import engine_places
+from pipeline.engine.pool import Lost, Pool, Worker
 from pipeline.engine.probe import Probe, make_probe
 from pipeline.engine.process import EngineProcess, Scored
-from pipeline.engine.rows import SKETCHED, EngineLength, Row, calls, engine_length, engine_rows, longest_row
+from pipeline.engine.rows import SKETCHED, EngineLength, Row, calls, engine_length, engine_rows
 from pipeline.errors import EngineFailed, RunFailed
 from pipeline.model.limits import ModelLimits
 from pipeline.params import ScoreParams
-from pipeline.progress import Advance
+from pipeline.progress import Advance, activity
 from pipeline.sketches.head_plan import HeadPlan
 from pipeline.workspace import log_file
 
 DEATHS_OF_A_ROW = 3
-# Beyond these it is hardly the rows: memory that runs out, a driver, a defect in the engine.
-DEATHS_IN_ALL = 20
-DEATHS_WITHOUT_AN_ANSWER = 8  # in a row; a poisonous row needs three, and some may stand side by side
-STARTS = 2  # attempts at one replacement
+
+
+class Engine(Worker, Protocol):
+    """What scoring asks of an engine, wherever it runs: as EngineProcess, which says more of each."""
+
+    def load(
+        self,
+        model: Path,
+        length: EngineLength,
+        *,
+        probe: Probe | None,
+        trust_remote_code: bool,
+        plan: HeadPlan | None,
+        backend: str | None,
+    ) -> str:
+        """Be ready to score, by a backend that answers the probe rightly; returns its name."""
+
+    def score(self, rows: Sequence[Row], advance: Advance, *, sketched: Sequence[bool] | None = None) -> Scored:
+        """Log-probs of each response's tokens, in the order of rows."""
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Where engines come from. count: at a time. start: makes one for a place, 0 to count - 1, with the file for what
+    it prints; called again, from another thread, where one has died."""
+
+    count: int
+    start: Callable[[int, Path], Engine]
+
+
+def local_engines(params: ScoreParams, rows: int) -> Engines:
+    """As many processes on this machine as score.engines says, and no more than `rows` rows make calls.
+
+    Raises RequestError where there are too few GPUs.
+    """
+    count = max(1, min(params.engines, math.ceil(rows / params.rows_per_call)))
+    places = engine_places(params, count)
+    return Engines(count, lambda place, log: EngineProcess(params, log=log, place=places[place]))
 
 
 class ScoredCall(NamedTuple):
@@ -48,162 +85,156 @@ class Quarantined(NamedTuple):
     log: Path
 
 
-class SupervisedEngine:
-    """An engine for scoring that is replaced when it dies; a context manager.
+class SupervisedEngines:
+    """Engines for scoring that are replaced when they die; a context manager.
 
-    restarts: engines started after the first. quarantined: rows that were given up, in the order they were.
+    quarantined: rows that were given up, in the order they were.
     """
 
-    def __init__(self, model: Path, params: ScoreParams, *, trust_remote_code: bool = False) -> None:
-        """Start the first engine's process, which imports vLLM while the caller does something else."""
-        self.restarts = 0
+    def __init__(
+        self,
+        model: Path,
+        params: ScoreParams,
+        engines: Engines | None = None,
+        *,
+        rows: int,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Start the engines, which import vLLM while the caller does something else.
+
+        rows: about as many as will be scored. engines: local_engines where None.
+        """
         self.quarantined: list[Quarantined] = []
         self._model, self._params, self._trust_remote_code = model, params, trust_remote_code
+        self._engines = engines or local_engines(params, rows)
         self._length: EngineLength | None = None
         self._probe: Probe | None = None
         self._plan: HeadPlan | None = None
-        self._deaths = self._deaths_since_answer = 0
+        self._backend: str | None = None
+        self._logs = itertools.count()
         for old in log_file("score").parent.glob("score.*.log"):
             old.unlink()  # of an earlier run, which would pass for this one's
-        self._engine: EngineProcess | None = self._start()
+        self._pool = Pool[Engine, pl.DataFrame, ScoredCall](self._engines.count, self._start, hopeless=_hopeless)
 
-    def load_for(self, rows: pl.DataFrame, limits: ModelLimits, plan: HeadPlan | None = None) -> str:
-        """Build the engine for `rows`, which the model can take, check it by a probe, and return its backend.
+    @property
+    def restarts(self) -> int:
+        """Engines started after the first ones."""
+        return self._pool.restarts
 
-        plan: of sketches for the rows that are marked in their column SKETCHED. An engine that fails now would fail
-        again: EngineFailed is final here. Raises RequestError for lengths that the params don't allow.
+    @property
+    def answered(self) -> int:
+        """How many engines, replacements not counted, took part in what was scored."""
+        return self._pool.answered
+
+    def load_for(self, longest: int, limits: ModelLimits, plan: HeadPlan | None = None) -> str:
+        """Build the engines for rows of up to `longest` tokens, check each by a probe, and return their backend.
+
+        plan: of sketches for the rows that are marked in their column SKETCHED. Where not one engine can be built, none
+        could later: EngineFailed. Raises RequestError for lengths that the params don't allow.
         """
-        length = engine_length(longest_row(rows), limits, self._params, what="responses with their prompts")
-        probe = make_probe(
+        self._length = engine_length(longest, limits, self._params, what="responses with their prompts")
+        self._plan = plan
+        self._probe = make_probe(
             self._model,
             vocabulary=limits.vocabulary,
-            longest=length.max_model_len - 1,
+            longest=self._length.max_model_len - 1,
             dtype=self._params.dtype,
             quantization=self._params.quantization,
             trust_remote_code=self._trust_remote_code,
         )
-        return self._load(length, probe, plan)
+        with activity(f"starting vLLM ({log_file('score')})"):
+            found = self._pool.load(self._load)
+        # All answer in the same way, replacements too, which don't try again what was refused.
+        self._backend = next(iter(found.values()))
+        for place, backend in found.items():
+            if backend != self._backend:
+                self._pool.drop(place, f"It answers by {backend}, the first by {self._backend}; it is started again.")
+        return self._backend
 
-    def _load(self, length: EngineLength, probe: Probe, plan: HeadPlan | None) -> str:
-        self._length, self._probe, self._plan = length, probe, plan
-        assert self._engine is not None
-        backend = self._engine.load(
-            self._model, length, probe=probe, trust_remote_code=self._trust_remote_code, plan=plan
+    def _start(self, place: int) -> Engine:
+        # A log of its own for each, so that those of the dead remain.
+        number = next(self._logs)
+        return self._engines.start(place, log_file(f"score.{number}" if number else "score"))
+
+    def _load(self, engine: Engine) -> str:
+        assert self._length is not None
+        return engine.load(
+            self._model,
+            self._length,
+            probe=self._probe,
+            trust_remote_code=self._trust_remote_code,
+            plan=self._plan,
+            backend=self._backend,
         )
-        # Its replacements answer in the same way, and don't try again what was refused.
-        self._params = self._params.model_copy(update={"backend": backend})
-        return backend
 
     def score(self, planned: Iterable[pl.DataFrame], advance: Advance) -> Iterator[ScoredCall]:
         """Yield every call as it is answered; those that ended an engine come last, in pieces, without what was set
         aside in `quarantined`.
 
-        Raises RunFailed when engines go on dying, or a dead one can't be replaced.
+        planned: drawn from as engines become free, in their threads. Raises RunFailed when engines go on dying, or the
+        last one can't be replaced.
         """
-        suspects: deque[tuple[pl.DataFrame, int]] = deque()  # (rows, deaths of each of them)
-        for rows, deaths in _first_then(((call, 0) for call in planned), suspects):
-            inputs, progress = engine_rows(rows), _Revocable(advance)
-            engine = self._engine or self._replace()
+        lock = Lock()
+
+        def ask(engine: Engine, rows: pl.DataFrame) -> ScoredCall:
+            inputs, progress = engine_rows(rows), _Revocable(advance, lock)
             try:
                 if self._plan is None:
                     answer = engine.score(inputs, progress)
                 else:
                     answer = engine.score(inputs, progress, sketched=rows[SKETCHED].to_list())
-            except EngineFailed as error:
+            except EngineFailed:
                 progress.revoke()
-                self._engine = None
-                suspects.extend(self._after_death(rows, deaths + 1, error, engine.log))
-            else:
-                self._deaths_since_answer = 0
-                yield ScoredCall(rows, inputs, answer)
+                raise
+            return ScoredCall(rows, inputs, answer)
 
-    def _after_death(
-        self, rows: pl.DataFrame, deaths: int, error: EngineFailed, log: Path
-    ) -> list[tuple[pl.DataFrame, int]]:
-        """What to ask again of the rows that were in the call, whose `deaths` includes this one."""
-        how = _first_line(error)
-        self._deaths += 1
-        self._deaths_since_answer += 1
-        if len(rows) == 1 and deaths >= DEATHS_OF_A_ROW:
+        for _, answered in self._pool.answers(planned, ask, self._again):
+            yield answered
+
+    def _again(self, lost: Lost[pl.DataFrame]) -> list[pl.DataFrame]:
+        """What to ask again of the rows that were in a call."""
+        rows, died = lost.call, f"{lost.how} Its log is {lost.log}."
+        if len(rows) == 1 and lost.deaths >= DEATHS_OF_A_ROW:
             key = rows["response_key"][0]
-            self.quarantined.append(Quarantined(key, how, log))
-            _say(f"{how} Its log is {log}. It is the third that response {key.hex()} was in; that one is set aside.")
-            pieces = []
-        else:
-            size = 1 if deaths > 1 else math.isqrt(len(rows))
-            pieces = [(piece, deaths) for piece in calls(rows, size)]
-            _say(f"{how} Its log is {log}. Another one takes over; {len(rows)} rows will be asked again, by {size}.")
-        self._give_up_where_it_is_not_the_rows(how)
-        return pieces
-
-    def _give_up_where_it_is_not_the_rows(self, how: str) -> None:
-        if self._deaths_since_answer >= DEATHS_WITHOUT_AN_ANSWER:
-            found = f"{self._deaths_since_answer} engines in a row died without an answer"
-        elif self._deaths >= DEATHS_IN_ALL:
-            found = f"{self._deaths} engines died in this run"
-        else:
-            return
-        raise RunFailed(
-            f"{found}, the last like this: {how} It is hardly the rows' doing: memory may be short (see "
-            "score.max_num_batched_tokens, score.cpu_kv_cache_gib and score.gpu_memory_utilization), or "
-            f"score.timeout_seconds. Their logs are {log_file('score').parent}/score*.log. "
-            "Rows finished before are kept: run the same command again to go on from there."
-        )
-
-    def _replace(self) -> EngineProcess:
-        assert self._length is not None and self._probe is not None
-        failure: EngineFailed | None = None
-        for _ in range(STARTS):
-            self.restarts += 1
-            engine = self._engine = self._start()
-            try:
-                self._load(self._length, self._probe, self._plan)
-                return engine
-            except EngineFailed as error:
-                self._engine, failure = None, error
-                _say(f"{_first_line(error)} Its log is {engine.log}.")
-        raise EngineFailed(f"An engine died, and {STARTS} others could not take its place. {failure}")
-
-    def _start(self) -> EngineProcess:
-        # A log of its own for each, so that those of the dead remain.
-        return EngineProcess(self._params, log=log_file(f"score.{self.restarts}" if self.restarts else "score"))
+            self.quarantined.append(Quarantined(key, lost.how, lost.log))
+            _say(f"{died} It is the third that response {key.hex()} was in; that one is set aside.")
+            return []
+        size = 1 if lost.deaths > 1 else math.isqrt(len(rows))
+        _say(f"{died} Another one takes over; {len(rows)} rows will be asked again, by {size}.")
+        return list(calls(rows, size))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if self._engine is not None:
-            self._engine.__exit__(*raised)
+        self._pool.__exit__(*raised)
 
 
 class _Revocable:
-    """Progress of one call, which can be taken back when its engine dies."""
+    """Progress of one call, which can be taken back when its engine dies; calls of several engines share the lock."""
 
-    def __init__(self, advance: Advance) -> None:
-        self._advance = advance
+    def __init__(self, advance: Advance, lock: Lock) -> None:
+        self._advance, self._lock = advance, lock
         self._rows = self._tokens = 0
 
     def __call__(self, rows: int, tokens: int = 0, /) -> None:
         self._rows += rows
         self._tokens += tokens
-        self._advance(rows, tokens)
+        with self._lock:
+            self._advance(rows, tokens)
 
     def revoke(self) -> None:
-        self._advance(-self._rows, -self._tokens)
+        with self._lock:
+            self._advance(-self._rows, -self._tokens)
 
 
-def _first_then(
-    planned: Iterable[tuple[pl.DataFrame, int]], later: deque[tuple[pl.DataFrame, int]]
-) -> Iterator[tuple[pl.DataFrame, int]]:
-    """All of `planned`, then what is in `later` by then and is added to it meanwhile."""
-    yield from planned
-    with suppress(IndexError):
-        while True:
-            yield later.popleft()
-
-
-def _first_line(error: EngineFailed) -> str:
-    return str(error).partition("\n")[0]
+def _hopeless(found: str) -> RunFailed:
+    return RunFailed(
+        f"{found} It is hardly the rows' doing: memory may be short (see "
+        "score.max_num_batched_tokens, score.cpu_kv_cache_gib and score.gpu_memory_utilization), or "
+        f"score.timeout_seconds. Their logs are {log_file('score').parent}/score*.log. "
+        "Rows finished before are kept: run the same command again to go on from there."
+    )
 
 
 def _say(line: str) -> None:

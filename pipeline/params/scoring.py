@@ -26,9 +26,10 @@ class ScoreParams(Section):
     max_model_len: Positive | None = None  # tokens; null: as long as the longest row needs
     max_num_seqs: Positive = 64
     max_num_batched_tokens: Positive = 2048
-    tensor_parallel_size: Positive = 1
+    engines: Positive = 1  # of `score` and `sketch`, side by side, each on GPUs or cores of its own
+    tensor_parallel_size: Positive = 1  # GPUs of one engine, for a model that one does not hold
     gpu_memory_utilization: Share = 0.9
-    cpu_kv_cache_gib: Positive = 1
+    cpu_kv_cache_gib: Positive = 1  # of one engine
     enforce_eager: bool = False  # true: no compilation, slower on long runs, faster to start
     rows_per_call: Positive = 256  # rows handed to the engine, then journalled, at a time
     timeout_seconds: Positive = 1800  # without a sign of life from the engine; `score` then replaces it

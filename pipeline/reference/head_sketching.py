@@ -17,8 +17,8 @@ from cache import Journal, SketchIdentity
 from cache.identity import record_identity
 from cache.sketches import AUDIT, ENGINE, canonical_json, sketches_table
 from pipeline.engine.process import orderly_termination
-from pipeline.engine.rows import SKETCHED, calls, row_tokens, scoring_order
-from pipeline.engine.supervision import ScoredCall, SupervisedEngine
+from pipeline.engine.rows import SKETCHED, calls, longest_row, row_tokens, scoring_order
+from pipeline.engine.supervision import ScoredCall, SupervisedEngines
 from pipeline.errors import RunFailed
 from pipeline.model.limits import model_limits
 from pipeline.params import ScoreParams, SketchParams
@@ -98,12 +98,13 @@ def sketch_by_engine(
     """Sketch and journal rows that `score` did not; returns seconds without the engine's start.
 
     missing: ROW_COLUMNS, of rows that the model can take. Raises RunFailed where rows end engines, once all others are
-    journalled, and as SupervisedEngine.
+    journalled, and as SupervisedEngines.
     """
     assert score.dtype == sketches.identity.dtype  # params.py has compared them
     rows = scoring_order(missing.with_columns(pl.lit(True).alias(SKETCHED)))
-    with orderly_termination(), SupervisedEngine(model, score, trust_remote_code=trust_remote_code) as engine:
-        engine.load_for(rows, model_limits(model, trust_remote_code=trust_remote_code), sketches.plan)
+    engines = SupervisedEngines(model, score, rows=len(rows), trust_remote_code=trust_remote_code)
+    with orderly_termination(), engines as engine:
+        engine.load_for(longest_row(rows), model_limits(model, trust_remote_code=trust_remote_code), sketches.plan)
         began = time.perf_counter()
         with progress_bar("sketch", len(rows), tokens=row_tokens(rows)) as advance:
             for call in engine.score(calls(rows, score.rows_per_call), advance):

@@ -14,8 +14,8 @@ from cache import Journal, ReferenceIdentity, RowSource, open_reference
 from cache.identity import record_identity
 from pipeline.data.tables import read_pairs, read_responses
 from pipeline.engine.process import orderly_termination
-from pipeline.engine.rows import ROW_COLUMNS, SKETCHED, calls, row_tokens, scored_table, scoring_order
-from pipeline.engine.supervision import Quarantined, SupervisedEngine
+from pipeline.engine.rows import ROW_COLUMNS, SKETCHED, calls, longest_row, row_tokens, scored_table, scoring_order
+from pipeline.engine.supervision import Quarantined, SupervisedEngines
 from pipeline.errors import RequestError
 from pipeline.files import write_json
 from pipeline.model.limits import UnscorableRow, bad_rows, model_limits
@@ -38,6 +38,7 @@ class _Work:
     which is engine_start.
 
     bad: rows that the model can't take; quarantined: rows that end engines. sketched: rows with a sketch of the head.
+    engines: that answered, replacements not counted.
     """
 
     rows: int = 0
@@ -48,6 +49,7 @@ class _Work:
     shared_tokens: int = 0
     restarts: int = 0
     sketched: int = 0
+    engines: int = 0
     backend: str | None = None
     bad: Sequence[UnscorableRow] = ()
     quarantined: Sequence[Quarantined] = ()
@@ -161,14 +163,14 @@ def _score_missing(
 ) -> _Work:
     """Score and journal what can be scored, in the order given; the rest is in the answer."""
     began = time.perf_counter()
-    with SupervisedEngine(model, params, trust_remote_code=trust_remote_code) as engine:
+    with SupervisedEngines(model, params, rows=len(missing), trust_remote_code=trust_remote_code) as engine:
         limits = model_limits(model, trust_remote_code=trust_remote_code)
         if bad := bad_rows(missing, limits, model):
             announce(bad, folders)
             missing = missing.filter(~pl.col("response_key").is_in([row.key for row in bad]))
             if missing.is_empty():
                 return _Work(bad=bad)
-        backend = engine.load_for(missing, limits, beside[0].plan if beside else None)
+        backend = engine.load_for(longest_row(missing), limits, beside[0].plan if beside else None)
         work = _Work(len(missing), row_tokens(missing), backend=backend, bad=bad, quarantined=engine.quarantined)
         started = time.perf_counter()
         work.engine_start = started - began
@@ -183,6 +185,7 @@ def _score_missing(
                 work.rescored += call.answer.rescored
                 work.shared_tokens += call.answer.shared_tokens
         work.seconds, work.restarts = time.perf_counter() - started, engine.restarts
+        work.engines = engine.answered
         return work
 
 
@@ -209,6 +212,7 @@ def _write_metrics(
         "rows_per_second": round(work.rows * per_second, 3),
         "tokens_per_second": round(work.tokens * per_second, 1),
         "backend": work.backend,
+        "engines": work.engines,
         "engine_restarts": work.restarts,
         "rows_rescored": work.rescored,
         "prompt_tokens_shared": work.shared_tokens,

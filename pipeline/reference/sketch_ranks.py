@@ -1,24 +1,33 @@
 """Several processes that sketch batches for one stage: ranks. Only the stage writes, so the journal has one writer.
 
 A rank gets a batch as soon as it has sent back the last one, so none waits for another; what is sketched does not
-depend on who does it. A rank whose stage is gone finds its pipe closed and ends.
+depend on who does it. A rank that dies is replaced, and its batch is asked again as it was. A rank whose stage is gone
+finds its pipe closed and ends.
 """
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from multiprocessing import connection, get_context
+from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.errors import RequestError, RunFailed
+import polars as pl
+
+from pipeline.engine.pool import Lost, Pool
+from pipeline.errors import EngineFailed, RequestError, RunFailed
 from pipeline.params import SketchParams, Trainable
+from pipeline.workspace import log_file
 
 if TYPE_CHECKING:
     from pipeline.sketches.collector import Sketched  # torch, which a stage with nothing to sketch does without
 
-T = TypeVar("T")
+DEATHS_OF_A_BATCH = 3
+
 Sequences = Sequence[tuple[list[int], list[int]]]  # (prompt ids, response ids)
+Batch = tuple[pl.DataFrame, Sequences]  # rows with response_key, and their tokens
 
 
 class RankJob(NamedTuple):
@@ -30,64 +39,68 @@ class RankJob(NamedTuple):
     trust_remote_code: bool
 
 
-def sketch_on_ranks(job: RankJob, batches: Iterable[tuple[T, Sequences]]) -> Iterator[tuple[T, "Sketched"]]:
-    """(tag, sketches) of every (tag, sequences) of `batches`, in the order in which they are done.
+def sketch_on_ranks(job: RankJob, batches: Iterable[Batch]) -> Iterator[tuple[pl.DataFrame, "Sketched"]]:
+    """(rows, their sketches) of every batch, in the order in which they are done.
 
-    Raises RequestError for more ranks than GPUs, RunFailed for a rank that died, and what a rank raised of these kinds.
+    batches: drawn from as ranks become free, in their threads. Raises RequestError for more ranks than GPUs, what a
+    rank raised of RequestError and RunFailed, and RunFailed where ranks go on dying or, when all others are done, for
+    batches that ended three.
     """
     _require_devices(job.params.ranks)
-    ranks = [_Rank(job, number) for number in range(job.params.ranks)]
-    try:
-        waiting, busy = iter(batches), dict[connection.Connection, tuple[_Rank, T]]()
-        for rank in ranks:
-            _give(rank, waiting, busy)
-        while busy:
-            for pipe in connection.wait(list(busy)):
-                assert isinstance(pipe, connection.Connection)
-                rank, tag = busy.pop(pipe)
-                sketched = rank.answer()
-                _give(rank, waiting, busy)  # it works on while the stage journals
-                yield tag, sketched
-    finally:
-        for rank in ranks:
-            rank.stop()
+    lost, numbers = list[Lost[Batch]](), count()
+
+    def start(place: int) -> _Rank:
+        number = next(numbers)
+        return _Rank(job, place, log_file(f"sketch.{number}" if number else "sketch"))
+
+    def again(found: Lost[Batch]) -> list[Batch]:
+        if found.deaths >= DEATHS_OF_A_BATCH:
+            lost.append(found)
+            return []
+        print(f"{found.how} Its log is {found.log}. Its batch is asked again.", file=sys.stderr, flush=True)
+        return [found.call]
+
+    with Pool[_Rank, Batch, "Sketched"](job.params.ranks, start, hopeless=_hopeless, word="rank") as pool:
+        for (rows, _), sketched in pool.answers(batches, lambda rank, batch: rank.sketch(batch[1]), again):
+            yield rows, sketched
+    if lost:
+        keys = [key.hex() for batch in lost for key in batch.call[0]["response_key"]]
+        raise RunFailed(
+            f"{len(lost)} batches ended {DEATHS_OF_A_BATCH} ranks each, the last like this: {lost[-1].how} They hold "
+            f"{len(keys)} responses, the first of them {keys[0]}; the last log is {lost[-1].log}. All others are "
+            "journalled: run again, with a smaller sketch.batch_tokens if memory ran out."
+        )
 
 
-def _give(
-    rank: "_Rank",
-    waiting: Iterator[tuple[T, Sequences]],
-    busy: dict[connection.Connection, tuple["_Rank", T]],
-) -> None:
-    for tag, sequences in waiting:
-        rank.ask(sequences)
-        busy[rank.pipe] = rank, tag
-        return
+def _hopeless(found: str) -> RunFailed:
+    return RunFailed(
+        f"{found} Their logs are {log_file('sketch').parent}/sketch*.log. What was sketched before is journalled: run "
+        "again, with a smaller sketch.batch_tokens if memory ran out."
+    )
 
 
 class _Rank:
-    def __init__(self, job: RankJob, number: int) -> None:
+    """place: its device, if devices have numbers. log: what it prints."""
+
+    def __init__(self, job: RankJob, place: int, log: Path) -> None:
         context = get_context("spawn")  # CUDA and BLAS threads don't survive a fork
-        self.number = number
+        self.place, self.log = place, log
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, job, number), daemon=True)
+        self.process = context.Process(target=_work_logged, args=(log, theirs, job, place), daemon=True)
         self.process.start()
         theirs.close()
 
-    def ask(self, sequences: Sequences) -> None:
-        with suppress(BrokenPipeError):  # that it died shows where its answer is awaited
-            self.pipe.send(sequences)
-
-    def answer(self) -> "Sketched":
+    def sketch(self, sequences: Sequences) -> "Sketched":
         from pipeline.sketches.collector import Sketched
 
         try:
+            self.pipe.send(sequences)
             kind, content = self.pipe.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):
             self.process.join()
-            raise RunFailed(
-                f"Rank {self.number} (process {self.process.pid}) ended with code {self.process.exitcode} while it "
-                "sketched; a negative code is the signal that killed it. What was sketched before is journalled: run "
-                "again, with a smaller sketch.batch_tokens if memory ran out."
+            raise EngineFailed(
+                f"Rank {self.place} (process {self.process.pid}) ended with code {self.process.exitcode} while it "
+                "sketched; a negative code is the signal that killed it."
             ) from None
         if kind is not None:
             raise kind(content)
@@ -96,10 +109,21 @@ class _Rank:
         values, *others = content
         return Sketched({group: torch.from_numpy(v) for group, v in values.items()}, *map(torch.from_numpy, others))
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self.pipe.close()
         self.process.terminate()
         self.process.join()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def _work_logged(log: Path, pipe: Any, job: RankJob, number: int) -> None:
+    with log.open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    _work(pipe, job, number)
 
 
 def _work(pipe: Any, job: RankJob, number: int) -> None:

@@ -67,7 +67,8 @@ def shards(folder: Path) -> dict[str, bytes]:
 class Nursery:
     """Starts score stages (stage_nursery.py) and tells how they ended; a context manager.
 
-    engines: where the stages' engines come from, vLLM included; without, they start their own, for a stand-in.
+    engines: where the stages' engines come from, vLLM included; without, they start their own, for a stand-in. pid: of
+    the last stage.
     """
 
     def __init__(self, engines=None):
@@ -97,7 +98,7 @@ class Nursery:
         }
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
-        pid = int(self.process.stdout.readline())
+        pid = self.pid = int(self.process.stdout.readline())
         if kill_after is not None:
             assert not select.select([self.process.stdout], [], [], kill_after)[0], output.read_text()
             os.kill(pid, signal.SIGKILL)

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from pipeline.engine.process import EngineProcess, engine_environment, orderly_termination
+from pipeline.engine.environment import engine_environment
+from pipeline.engine.process import EngineProcess, orderly_termination
 from pipeline.engine.rows import EngineLength
 from pipeline.errors import RunFailed
 from pipeline.params import ScoreParams

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cache import open_reference, response_key
-from pipeline.engine import supervision
+from pipeline.engine import pool
 from pipeline.engine.process import EngineProcess
 from pipeline.errors import EngineFailed, RequestError, RunFailed
 from pipeline.reference import scoring
@@ -146,7 +146,7 @@ def test_rows_that_end_or_stop_engines_are_set_aside_after_three_and_the_others_
     [("DEATHS_WITHOUT_AN_ANSWER", "2 engines in a row died without an answer"), ("DEATHS_IN_ALL", "2 engines died in")],
 )
 def test_engines_that_go_on_dying_end_the_run(place, monkeypatch, limit, says):
-    monkeypatch.setattr(supervision, limit, 2)
+    monkeypatch.setattr(pool, limit, 2)
     rows = [row([7], [number, POISON]) for number in range(3, 20)]
     with pytest.raises(RunFailed, match=says) as failed:
         place.score(write_prepared(place.root / "poisoned", rows))

@@ -1,5 +1,6 @@
 """The `sketch` stage: incremental, resumable, and nothing at all where no sketches are asked for."""
 
+import itertools
 import json
 import multiprocessing
 import shutil
@@ -201,30 +202,47 @@ def read_all(folder):
     return np.concatenate(keys), {g: np.concatenate([batch[g] for batch in values]) for g in values[0]}
 
 
-def test_ranks_sketch_what_one_process_does_and_one_that_is_killed_is_named(project, monkeypatch):
-    """What came in before the kill is journalled; one process does the rest."""
+def kill_at(monkeypatch, moments):
+    """SIGKILL a rank's process as it gets the batches that `moments` says: of (number of the call, its sequences)."""
+    plain, calls = sketch_ranks._Rank.sketch, itertools.count(1)
+
+    def then_killed(rank, sequences):
+        if moments(next(calls), sequences):
+            rank.process.kill()
+        return plain(rank, sequences)
+
+    monkeypatch.setattr(sketch_ranks._Rank, "sketch", then_killed)
+
+
+def test_ranks_sketch_what_one_process_does_and_killed_ones_are_replaced(project, monkeypatch, capfd):
     run(project)
     keys, values = read_all(project / "sketches")
     shutil.rmtree(project / "sketches")
     shutil.rmtree(project.parent / "home")
+    kill_at(monkeypatch, lambda call, sequences: call in (1, 4, 5))
     plain, appended = Journal.append, []
-
-    def then_killed(journal, rows):
-        plain(journal, rows)
-        appended.extend(rows["response_key"].to_pylist())
-        if len(appended) > 12:
-            multiprocessing.active_children()[0].kill()
-
-    with monkeypatch.context() as patch, pytest.raises(RunFailed, match=r"Rank \d \(process \d+\) ended with code -9"):
-        patch.setattr(Journal, "append", then_killed)
-        run(project, PARAMS.model_copy(update={"ranks": 2}))
-    assert not multiprocessing.active_children() and 12 < len(appended) < 36
-    summary = run(project)
-    assert summary["rows_reused"] == len(appended) and summary["rows_sketched"] == 36 - len(appended)
+    monkeypatch.setattr(Journal, "append", lambda journal, rows: (appended.append(rows), plain(journal, rows)))
+    assert run(project, PARAMS.model_copy(update={"ranks": 2}))["rows_sketched"] == 36
+    assert capfd.readouterr().err.count("ended with code -9") == 3
+    assert not multiprocessing.active_children()
+    assert sum(rows.num_rows for rows in appended) == 36  # none twice
     found_keys, found = read_all(project / "sketches")
     assert (found_keys == keys).all()
     for group, wanted in values.items():
         np.testing.assert_allclose(found[group], wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_a_batch_that_ends_three_ranks_is_named_when_all_others_are_journalled(project, monkeypatch):
+    first = next(length_batches(training_rows(project), PARAMS.batch_tokens))
+    culprit = first["response_ids"][0].to_list()
+    kill_at(monkeypatch, lambda call, sequences: culprit in [response for _, response in sequences])
+    with pytest.raises(
+        RunFailed, match=rf"1 batches ended 3 ranks.*the first of them {first['response_key'][0].hex()}"
+    ):
+        run(project, PARAMS.model_copy(update={"ranks": 2}))
+    monkeypatch.undo()
+    monkeypatch.setenv("REFCACHE_HOME", str(project.parent / "home"))
+    assert run(project)["rows_sketched"] == len(first)
 
 
 def test_what_a_rank_refuses_is_the_stages_refusal(project):
@@ -232,4 +250,4 @@ def test_what_a_rank_refuses_is_the_stages_refusal(project):
     rank.pipe, theirs = multiprocessing.Pipe()
     sketch_ranks._work(theirs, sketch_ranks.RankJob(project / "absent", PARAMS, "last_block", False), 0)
     with pytest.raises(RequestError, match=r"absent does not exist\. Expected is a transformers folder"):
-        rank.answer()
+        rank.sketch([])

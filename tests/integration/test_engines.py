@@ -1,0 +1,104 @@
+"""Several engines on one machine: they are killed, the stage too, and the bytes are those of one undisturbed engine.
+
+Processes, pipes and kills are real; a stand-in for vLLM answers (tests/stand_in), but the last test has vLLM.
+"""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from cache import response_key
+from tests.engine_nursery import engines
+from tests.integration import kills
+from tests.integration.test_kills import many_rows
+from tests.scoring_project import ScoringProject, write_prepared
+from tests.tiny import write_model
+from tests.tiny_reference import adversarial_rows
+
+pytestmark = pytest.mark.slow
+
+POISON = 63
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    with kills.Nursery() as nursery:
+        yield nursery
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, model, nursery):
+    place = ScoringProject(tmp_path_factory.mktemp("undisturbed"), model, many_rows())
+    assert nursery.score(place, wish={}, rows_per_call=2)[0] == 0
+    return kills.published(place.out)
+
+
+def engines_of(stage: int) -> list[int]:
+    """Engine processes that live and were started by this stage."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"pipeline.engine.server" in command and str(stage).encode() in command:
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_kills_of_engines_and_stages_change_no_byte(tmp_path, model, nursery, undisturbed, count):
+    place = ScoringProject(tmp_path, model, many_rows())
+    needed, draw = {response_key(*row) for row in place.rows}, random.Random(count)
+    for _ in range(4):
+        before = kills.journalled(place.home)
+        moments = [(draw.choice(["engine_before_call", "engine_in_call"]), draw.randint(2, 9)) for _ in range(2)]
+        moments.append((draw.choice(["stage_before_append", "stage_after_append"]), draw.randint(10, 14)))
+        status, output = nursery.score(place, moments, wish={}, rows_per_call=2, engines=count)
+        assert status == -signal.SIGKILL, output
+        assert before <= kills.journalled(place.home) and max(kills.journalled(place.home).values()) == 1
+    moments = [("engine_before_call", 2), ("engine_in_call", 5), ("engine_before_call", 9)]
+    status, output = nursery.score(place, moments, wish={}, rows_per_call=2, engines=count)
+    assert status == 0 and output.count("was killed by signal 9") == 3, output
+    assert kills.journalled(place.home) == dict.fromkeys(needed, 1)
+    assert kills.published(place.out) == undisturbed
+
+
+def test_no_engine_outlives_a_killed_stage(tmp_path, model, nursery):
+    place = ScoringProject(tmp_path, model, many_rows())
+    moments = [("engine_before_call", 3), ("stage_after_append", 12)]
+    assert nursery.score(place, moments, wish={}, rows_per_call=2, engines=3)[0] == -signal.SIGKILL
+    deadline = time.monotonic() + 20
+    while engines_of(nursery.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_poisonous_row_is_set_aside_and_every_other_row_is_scored(tmp_path, model, nursery):
+    place = ScoringProject(tmp_path, model, many_rows())
+    prompt, response = place.rows[100]
+    bad = (prompt, [*response[:-1], POISON])
+    write_prepared(place.pairs, [*place.rows[:100], bad, *place.rows[101:]])
+    good = {response_key(*row) for row in place.rows} - {response_key(prompt, response)}
+    good -= {response_key(*row) for row in place.rows if row[1][-1] == POISON}
+    status, output = nursery.score(place, wish={"poison": POISON}, rows_per_call=8, engines=2)
+    assert status == 1 and f"Response {response_key(*bad).hex()}" in output
+    assert good <= kills.journalled(place.home).keys() and response_key(*bad) not in kills.journalled(place.home)
+
+
+def test_two_real_engines_one_of_them_killed_give_the_bytes_of_one(tmp_path, model):
+    with kills.Nursery(engines()) as nursery:
+        one, two = (ScoringProject(tmp_path / name, model, adversarial_rows()) for name in ("one", "two"))
+        assert nursery.score(one)[0] == 0
+        status, output = nursery.score(two, [("engine_before_call", 3)], engines=2)
+        assert status == 0 and output.count("was killed by signal 9") == 1, output
+    assert kills.journalled(two.home) == kills.journalled(one.home)
+    assert kills.published(two.out) == kills.published(one.out)
