@@ -2,6 +2,7 @@
 
 import time
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from pipeline.cluster.host import Failure, Host
@@ -18,13 +19,12 @@ class Actor:
 
     def __init__(self, group: Any, variables: dict[str, str]) -> None:
         """Start it in that placement group; returns at once. variables: of its environment."""
-        import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         bundle = group.bundle_specs[0]
         self.where = "a node"
         self._handle: Any = (
-            ray.remote(concurrency_groups={WATCH: 1})(Host)
+            _actor_class()
             .options(
                 num_cpus=bundle.get("CPU", 0),
                 num_gpus=bundle.get("GPU", 0),
@@ -71,8 +71,9 @@ class Actor:
                 if silence is not None and time.monotonic() - heard > silence:
                     raise EngineFailed(f"An actor on {self.where} gave no sign of life for {silence:.0f} s.")
             return ray.get(begun)
-        except RayTaskError:
-            raise
+        except RayTaskError as error:
+            cause = error.cause
+            raise EngineFailed(f"An actor on {self.where} failed: {type(cause).__name__}: {cause}\n{error}") from None
         except RayError as error:
             raise EngineFailed(f"An actor on {self.where} died: {_reason(error)}") from None
 
@@ -81,6 +82,13 @@ class Actor:
 
         with suppress(Exception):  # it is dead, or its cluster is
             ray.kill(self._handle)
+
+
+@cache
+def _actor_class() -> Any:
+    import ray
+
+    return ray.remote(concurrency_groups={WATCH: 1})(Host)
 
 
 def _reason(error: Exception) -> str:

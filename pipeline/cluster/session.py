@@ -24,7 +24,7 @@ from pipeline.params import RayParams
 RESERVE_SECONDS = 60.0  # for all workers, at the start
 MOVE_SECONDS = 20.0  # for a dead worker's successor where the node is gone
 # Variables that the stage's user sets for engines; others are a node's own, and those of NCCL differ by node.
-_PASSED_ON = ("REFCACHE_STAND_IN", "VLLM_", "HF_")
+_PASSED_ON = ("REFCACHE_", "VLLM_", "HF_")
 
 
 class Need(NamedTuple):
@@ -57,7 +57,8 @@ class RaySession:
                 f"RAY_ADDRESS is {address}, the address of a Ray Client server. This stage must run on a node of the "
                 "cluster (the head, or by `ray job submit`): set RAY_ADDRESS to auto there, or to HOST:6379."
             )
-        self._local = None if address else LocalCluster()
+        self._mine = not _connected()
+        self._local = LocalCluster() if self._mine and not address else None
         self._address = address
         self._groups: list[Any] = []
         self._sound: set[tuple[str, tuple[tuple[str, int, int], ...]]] = set()  # nodes with what they hold
@@ -77,16 +78,19 @@ class RaySession:
         import signal
 
         import ray
+        from ray.exceptions import RayError
 
-        self._mine = not ray.is_initialized()
         if not self._mine:
             return
         ours = signal.getsignal(signal.SIGTERM)
         address = self._local.address if self._local else self._address
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
-        except ConnectionError as error:
-            raise RequestError(f"RAY_ADDRESS is {address}, but no Ray cluster answers there: {error}") from None
+        except (OSError, RuntimeError, ValueError, RayError) as error:  # not there, other versions, another token
+            raise RequestError(
+                f"No Ray cluster can be used at {address} (RAY_ADDRESS): {error}. Is it running, are Ray and Python of "
+                "one version there and here, and are RAY_AUTH_MODE and the token the same? `ray status` needs them too."
+            ) from None
         with suppress(ValueError):  # not the main thread, where Ray sets no handler either
             signal.signal(signal.SIGTERM, ours)  # Ray's would end the stage without a word to its engines
 
@@ -184,10 +188,9 @@ class RaySession:
 
     def close(self) -> None:
         """End every actor, and the cluster if it is this session's."""
-        import ray
-
         try:
-            if ray.is_initialized():
+            if _connected():
+                import ray
                 from ray.util.placement_group import remove_placement_group
 
                 for group in self._groups:
@@ -201,6 +204,15 @@ class RaySession:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def _connected() -> bool:
+    """Whether this process is; somebody else's connection is used, and left open."""
+    if "ray" not in sys.modules:  # it reads its environment when it is imported, and that is not complete yet
+        return False
+    import ray
+
+    return bool(ray.is_initialized())
 
 
 def _told(bundle: dict[str, float]) -> str:

@@ -16,6 +16,7 @@ import polars as pl
 from cache import Journal, SketchIdentity
 from cache.identity import record_identity
 from cache.sketches import AUDIT, ENGINE, canonical_json, sketches_table
+from pipeline.cluster.scoring_engines import scoring_engines
 from pipeline.engine.process import orderly_termination
 from pipeline.engine.rows import SKETCHED, calls, longest_row, row_tokens, scoring_order
 from pipeline.engine.supervision import ScoredCall, SupervisedEngines
@@ -102,8 +103,11 @@ def sketch_by_engine(
     """
     assert score.dtype == sketches.identity.dtype  # params.py has compared them
     rows = scoring_order(missing.with_columns(pl.lit(True).alias(SKETCHED)))
-    engines = SupervisedEngines(model, score, rows=len(rows), trust_remote_code=trust_remote_code)
-    with orderly_termination(), engines as engine:
+    with (
+        orderly_termination(),
+        scoring_engines(score, len(rows), model, sketches.identity) as engines,
+        SupervisedEngines(model, score, engines, rows=len(rows), trust_remote_code=trust_remote_code) as engine,
+    ):
         engine.load_for(longest_row(rows), model_limits(model, trust_remote_code=trust_remote_code), sketches.plan)
         began = time.perf_counter()
         with progress_bar("sketch", len(rows), tokens=row_tokens(rows)) as advance:

@@ -12,6 +12,7 @@ import polars as pl
 
 from cache import Journal, ReferenceIdentity, RowSource, open_reference
 from cache.identity import record_identity
+from pipeline.cluster.scoring_engines import scoring_engines
 from pipeline.data.tables import read_pairs, read_responses
 from pipeline.engine.process import orderly_termination
 from pipeline.engine.rows import ROW_COLUMNS, SKETCHED, calls, longest_row, row_tokens, scored_table, scoring_order
@@ -108,7 +109,7 @@ def score_responses(
         work = _Work()
         if len(missing):
             with _sketches_beside(model, identity, sketch, trust_remote_code) as beside:
-                work = _score_missing(missing, model, params, trust_remote_code, journal, folders, beside)
+                work = _score_missing(missing, model, params, trust_remote_code, journal, folders, beside, identity)
         outs = [out, *beside_pairs.outs]
         refuse(work.bad, work.quarantined, folders=folders, out=outs, total=len(rows), model=model)
         published_from = time.perf_counter()
@@ -160,10 +161,14 @@ def _score_missing(
     journal: Journal,
     folders: Folders,
     beside: _Beside,
+    identity: ReferenceIdentity,
 ) -> _Work:
     """Score and journal what can be scored, in the order given; the rest is in the answer."""
     began = time.perf_counter()
-    with SupervisedEngines(model, params, rows=len(missing), trust_remote_code=trust_remote_code) as engine:
+    with (
+        scoring_engines(params, len(missing), model, identity) as engines,
+        SupervisedEngines(model, params, engines, rows=len(missing), trust_remote_code=trust_remote_code) as engine,
+    ):
         limits = model_limits(model, trust_remote_code=trust_remote_code)
         if bad := bad_rows(missing, limits, model):
             announce(bad, folders)
