@@ -31,7 +31,8 @@ ARROWS = {
     "auxdpo": "params objectives model trainable forward data",
     "engine": "params model forward sketches",
     "training": "params objectives model trainable forward data tokens auxdpo",
-    "reference": "params model forward data tokens sketches engine",
+    "cluster": "params model sketches engine",
+    "reference": "params model forward data tokens sketches engine cluster",
     "policies": "params model trainable engine",
     "harness": "params model engine policies",
     "evaluation": "params model data tokens engine policies harness reference.identity",
@@ -41,18 +42,8 @@ ARROWS = {
 }
 OPEN = {"errors", "files", "hub", "progress", "workspace"}  # modules of pipeline/ itself, for every room
 ENGINES = {"vllm": "pipeline/engine/vllm_engine.py", "deepspeed": "pipeline/training/deepspeed_engine.py"}
-ENGINE_FREE = [
-    "params",
-    "objectives",
-    "report",
-    "model",
-    "trainable",
-    "forward",
-    "published",
-    "encoding",
-    "data",
-    "tokens",
-]
+RAY = {f"pipeline/cluster/{name}.py" for name in ("actor", "local_cluster", "session")}
+ENGINE_FREE = ["params", "objectives", "report", "model", "trainable", "forward", "published", "encoding", "data"]
 ENGINE_FREE += ["tokens", "sketches", "auxdpo"]
 TORCH_FREE = ["cache", "pipeline.params", "pipeline.report", "pipeline.upkeep.inspection", "pipeline.upkeep.garbage"]
 
@@ -110,6 +101,12 @@ def test_cache_imports_neither_the_other_rooms_nor_an_engine():
 def test_an_engine_is_imported_in_one_module(engine):
     homes = {file.relative_to(ROOT).as_posix() for file in modules().values() if engine in tops(file)}
     assert homes == {ENGINES[engine]}
+
+
+def test_ray_is_imported_by_what_talks_to_it_and_only_when_it_is_asked_for():
+    assert {file.relative_to(ROOT).as_posix() for file in modules().values() if "ray" in tops(file)} == RAY
+    loaded = run_python("import sys, pipeline.cluster.remote_engine, pipeline.reference.scoring; print(*sys.modules)")
+    assert "ray" not in loaded.split()
 
 
 @pytest.mark.parametrize("file", files("stages"), ids=lambda file: file.name)

@@ -5,7 +5,7 @@ from pipeline.params.file import Params, load_params
 from pipeline.params.forms import ColumnNames, FormName, PreferredParams, RankedParams
 from pipeline.params.objectives import AnyVariant, AuxDPO
 from pipeline.params.sampling import PairRule, SampleParams, ScorerName
-from pipeline.params.scoring import EvaluateParams, ScoreParams, SketchParams
+from pipeline.params.scoring import EvaluateParams, RayParams, ScoreParams, SketchParams
 from pipeline.params.suites import SuiteParams
 from pipeline.params.training import (
     LastFraction,
@@ -36,6 +36,7 @@ __all__ = [
     "PreferredParams",
     "PrepareParams",
     "RankedParams",
+    "RayParams",
     "SampleParams",
     "ScoreParams",
     "ScorerName",

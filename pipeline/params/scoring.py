@@ -8,6 +8,13 @@ from pipeline.params.ranges import Dtype, NonNegative, Positive, Section, Share
 from pipeline.params.suites import SuiteParams
 
 
+class RayParams(Section):
+    """What one engine, or one rank, reserves of a node of the Ray cluster (docs/ray.md)."""
+
+    cpus: Annotated[float, Field(ge=0)] = 1.0
+    gpus: NonNegative | None = None  # null: one, for an engine tensor_parallel_size, where the cluster has GPUs
+
+
 class ScoreParams(Section):
     """The vLLM engine, for the reference and, in evaluate, policies; of these, dtype and quantization are identity."""
 
@@ -20,6 +27,8 @@ class ScoreParams(Section):
     max_num_seqs: Positive = 64
     max_num_batched_tokens: Positive = 2048
     engines: Positive = 1  # of `score` and `sketch`, side by side, each on GPUs or cores of its own
+    workers: Literal["local", "ray"] = "local"  # where they run: on this machine, or on a Ray cluster (docs/ray.md)
+    ray: RayParams = RayParams()
     tensor_parallel_size: Positive = 1  # GPUs of one engine, for a model that one does not hold
     gpu_memory_utilization: Share = 0.9
     cpu_kv_cache_gib: Positive = 1  # of one engine
@@ -28,13 +37,22 @@ class ScoreParams(Section):
     timeout_seconds: Positive = 1800  # without a sign of life from the engine; `score` then replaces it
     drift_sample: Positive = 64  # responses forwarded again by transformers in train.dtype
 
+    @model_validator(mode="after")
+    def gpus_hold_an_engine(self) -> Self:
+        if self.ray.gpus and self.ray.gpus < self.tensor_parallel_size:
+            raise ValueError(
+                f"ray.gpus is {self.ray.gpus}, but an engine takes tensor_parallel_size of them, found "
+                f"{self.tensor_parallel_size}. Set them to one value, or ray.gpus to null"
+            )
+        return self
+
 
 class SketchParams(Section):
     """Gradient sketches of the training responses (docs/sketches.md).
 
-    ranks, batch_tokens, activation_checkpointing: change no number, and mean nothing to the engine. k, audit: numbers
-    per parameter group, and of the independent audit sketch. source: what takes the gradients: a backward pass over
-    `trainable`, or the engine that scores, which has them for the output head alone.
+    ranks, workers, ray, batch_tokens, activation_checkpointing: change no number, and mean nothing to the engine. k,
+    audit: numbers per parameter group, and of the independent audit sketch. source: what takes the gradients: a
+    backward pass over `trainable`, or the engine that scores, which has them for the output head alone.
     """
 
     mode: Literal["none", "tensorsketch", "exact"] = "none"
@@ -43,7 +61,9 @@ class SketchParams(Section):
     audit: Annotated[int, Field(ge=2)] = 256
     seed: NonNegative = 0  # of the hashes
     dtype: Dtype = "float32"
-    ranks: Positive = 1  # processes on this machine: GPUs, or CPU processes
+    ranks: Positive = 1  # GPUs, or CPU processes
+    workers: Literal["local", "ray"] = "local"  # where they run: on this machine, or on a Ray cluster (docs/ray.md)
+    ray: RayParams = RayParams()
     batch_tokens: Positive = 4096  # of prompts and responses, padding included, in one backward
     activation_checkpointing: bool = False
 

@@ -15,6 +15,7 @@ import numpy as np
 from cache import Journal, SketchIdentity
 from cache.identity import record_identity
 from cache.sketches import AUDIT, ENGINE, canonical_json, sketches_table
+from pipeline.cluster.scoring_engines import scoring_engines
 from pipeline.engine.process import orderly_termination
 from pipeline.engine.supervision import ScoredCall, SupervisedEngines
 from pipeline.errors import RunFailed
@@ -101,8 +102,11 @@ def sketch_by_engine(
     """
     assert score.dtype == sketches.identity.dtype  # params.py has compared them
     limits = model_limits(model, trust_remote_code=trust_remote_code)
-    engines = SupervisedEngines(model, score, rows=len(missing), trust_remote_code=trust_remote_code)
-    with orderly_termination(), engines as engine:
+    with (
+        orderly_termination(),
+        scoring_engines(score, len(missing), model, sketches.identity) as engines,
+        SupervisedEngines(model, score, engines, rows=len(missing), trust_remote_code=trust_remote_code) as engine,
+    ):
         engine.load_for(missing.longest, limits, sketches.plan)
         began = time.perf_counter()
         with progress_bar("sketch", len(missing), tokens=missing.tokens) as advance:

@@ -11,6 +11,7 @@ from typing import Any
 from cache import Journal, ReferenceIdentity, RowSource, open_reference
 from cache.identity import record_identity
 from cache.spill import spill_folder
+from pipeline.cluster.scoring_engines import scoring_engines
 from pipeline.data.tables import pair_sides
 from pipeline.engine.process import orderly_termination
 from pipeline.engine.rows import scored_table
@@ -106,7 +107,7 @@ def score_responses(
             work = _Work()
             if any(map(len, missing)):
                 with _sketches_beside(model, identity, sketch, trust_remote_code) as beside:
-                    work = _score_missing(missing, model, params, trust_remote_code, journal, folders, beside)
+                    work = _score_missing(missing, model, params, trust_remote_code, journal, folders, beside, identity)
             outs = [out, *beside_pairs.outs]
             refuse(work.bad, work.quarantined, folders=folders, out=outs, total=total, model=model)
             published_from = time.perf_counter()
@@ -158,11 +159,15 @@ def _score_missing(
     journal: Journal,
     folders: Folders,
     beside: _Beside,
+    identity: ReferenceIdentity,
 ) -> _Work:
     """Score and journal what can be scored, part after part; the rest is in the answer."""
     began = time.perf_counter()
     rows = sum(map(len, missing))
-    with SupervisedEngines(model, params, rows=rows, trust_remote_code=trust_remote_code) as engine:
+    with (
+        scoring_engines(params, rows, model, identity) as engines,
+        SupervisedEngines(model, params, engines, rows=rows, trust_remote_code=trust_remote_code) as engine,
+    ):
         limits = model_limits(model, trust_remote_code=trust_remote_code)
         missing, bad = set_bad_aside(missing, limits, model)
         if bad:

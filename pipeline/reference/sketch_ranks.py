@@ -7,16 +7,20 @@ finds its pipe closed and ends.
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import polars as pl
 
-from pipeline.engine.pool import Lost, Pool
+from cache import SketchIdentity
+from pipeline.cluster.session import Need, RaySession
+from pipeline.cluster.sketch_worker import RemoteRank, SketchJob
+from pipeline.engine.pool import Lost, Pool, Worker
+from pipeline.engine.process import orderly_termination
 from pipeline.errors import EngineFailed, RequestError, RunFailed
 from pipeline.params import SketchParams, Trainable
 from pipeline.workspace import log_file
@@ -39,19 +43,24 @@ class RankJob(NamedTuple):
     trust_remote_code: bool
 
 
-def sketch_on_ranks(job: RankJob, batches: Iterable[Batch]) -> Iterator[tuple[pl.DataFrame, "Sketched"]]:
+class Rank(Worker, Protocol):
+    """One that sketches, wherever it runs."""
+
+    def sketch(self, sequences: Sequences) -> "Sketched":
+        """The sketches of a batch, in its order."""
+
+
+def sketch_on_ranks(
+    job: RankJob, batches: Iterable[Batch], identity: SketchIdentity
+) -> Iterator[tuple[pl.DataFrame, "Sketched"]]:
     """(rows, their sketches) of every batch, in the order in which they are done.
 
-    batches: drawn from as ranks become free, in their threads. Raises RequestError for more ranks than GPUs, what a
-    rank raised of RequestError and RunFailed, and RunFailed where ranks go on dying or, when all others are done, for
-    batches that ended three.
+    batches: drawn from as ranks become free, in their threads. identity: whose weights and config the model must have
+    on every node. Raises RequestError for more ranks than GPUs and where a cluster has too little, what a rank raised
+    of RequestError and RunFailed, and RunFailed where ranks go on dying or, when all others are done, for batches that
+    ended three.
     """
-    _require_devices(job.params.ranks)
-    lost, numbers = list[Lost[Batch]](), count()
-
-    def start(place: int) -> _Rank:
-        number = next(numbers)
-        return _Rank(job, place, log_file(f"sketch.{number}" if number else "sketch"))
+    lost = list[Lost[Batch]]()
 
     def again(found: Lost[Batch]) -> list[Batch]:
         if found.deaths >= DEATHS_OF_A_BATCH:
@@ -60,7 +69,10 @@ def sketch_on_ranks(job: RankJob, batches: Iterable[Batch]) -> Iterator[tuple[pl
         print(f"{found.how} Its log is {found.log}. Its batch is asked again.", file=sys.stderr, flush=True)
         return [found.call]
 
-    with Pool[_Rank, Batch, "Sketched"](job.params.ranks, start, hopeless=_hopeless, word="rank") as pool:
+    with (
+        _starter(job, identity) as start,
+        Pool[Rank, Batch, "Sketched"](job.params.ranks, start, hopeless=_hopeless, word="rank") as pool,
+    ):
         for (rows, _), sketched in pool.answers(batches, lambda rank, batch: rank.sketch(batch[1]), again):
             yield rows, sketched
     if lost:
@@ -70,6 +82,26 @@ def sketch_on_ranks(job: RankJob, batches: Iterable[Batch]) -> Iterator[tuple[pl
             f"{len(keys)} responses, the first of them {keys[0]}; the last log is {lost[-1].log}. All others are "
             "journalled: run again, with a smaller sketch.batch_tokens if memory ran out."
         )
+
+
+@contextmanager
+def _starter(job: RankJob, identity: SketchIdentity) -> Iterator[Callable[[int], Rank]]:
+    """What makes the rank of a place, on this machine or on a Ray cluster."""
+    if job.params.workers == "ray":
+        need = Need("sketch", "ranks", job.params.ranks, 1, job.params.ray)
+        assert identity.weights is not None and identity.config is not None
+        digests = {"weights": identity.weights, "config": identity.config}
+        with orderly_termination(), RaySession(need, job.folder, digests) as session:
+            yield lambda place: RemoteRank(session, place, SketchJob(*job))
+        return
+    _require_devices(job.params.ranks)
+    numbers = count()
+
+    def start(place: int) -> Rank:
+        number = next(numbers)
+        return _Rank(job, place, log_file(f"sketch.{number}" if number else "sketch"))
+
+    yield start
 
 
 def _hopeless(found: str) -> RunFailed:

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from pipeline.progress import activity, progress_bar
 from pipeline.reference.head_sketching import HeadSketches, head_sketches, sketch_by_engine
 from pipeline.reference.publication import publish_needed, sound_reference
 from pipeline.reference.responses import Responses, Wanted, set_bad_aside, without_rows_of
-from pipeline.reference.sketch_ranks import RankJob, Sequences, sketch_on_ranks
+from pipeline.reference.sketch_ranks import Batch, RankJob, sketch_on_ranks
 from pipeline.sketches.head_plan import HEAD_PART_ONLY
 from pipeline.tokens.view import open_token_view
 from pipeline.workspace import scratch_folder, sketch_journal_folder
@@ -131,18 +132,24 @@ def _source(
         return head.identity, by_engine
     sketcher = _load(model, params, trainable, trust_remote_code)
     job = RankJob(model, params, trainable, trust_remote_code)
-    return sketcher.identity(model), lambda missing, journal: _sketch_missing(missing, sketcher, journal, job)
+    identity = sketcher.identity(model)
+    return identity, lambda missing, journal: _sketch_missing(missing, sketcher, journal, job, identity)
 
 
-def _sketch_missing(missing: Wanted, sketcher: "Sketcher", journal: Journal, job: RankJob) -> _Work:
+def _sketch_missing(
+    missing: Wanted, sketcher: "Sketcher", journal: Journal, job: RankJob, identity: SketchIdentity
+) -> _Work:
     began = time.perf_counter()
     work = _Work(len(missing), missing.tokens)
     batches = (
         (batch, list(batch.select("prompt_ids", "response_ids").iter_rows()))
         for batch in missing.batches(job.params.batch_tokens)
     )
-    with progress_bar("sketch", work.rows, tokens=work.tokens) as advance:
-        for batch, sketched in _sketched(batches, sketcher, job):
+    with (
+        progress_bar("sketch", work.rows, tokens=work.tokens) as advance,
+        closing(_sketched(batches, sketcher, job, identity)) as answers,
+    ):
+        for batch, sketched in answers:
             values = {group: numbers.numpy() for group, numbers in sketched.values.items()}
             values[AUDIT] = sketched.audit.numpy()
             journal.append(sketches_table(batch["response_key"].to_list(), sketched.grad_norm.numpy(), values))
@@ -152,16 +159,16 @@ def _sketch_missing(missing: Wanted, sketcher: "Sketcher", journal: Journal, job
 
 
 def _sketched(
-    batches: Iterator[tuple[pl.DataFrame, Sequences]], sketcher: "Sketcher", job: RankJob
-) -> Iterator[tuple[pl.DataFrame, "Sketched"]]:
-    """Every batch with its sketches: here, or on as many processes as sketch.ranks says."""
-    if job.params.ranks == 1:
+    batches: Iterator[Batch], sketcher: "Sketcher", job: RankJob, identity: SketchIdentity
+) -> Generator[tuple[pl.DataFrame, "Sketched"], None, None]:
+    """Every batch with its sketches: here, or on as many processes or actors as sketch.ranks says."""
+    if job.params.ranks == 1 and job.params.workers == "local":
         with sketcher:
             for batch, sequences in batches:
                 yield batch, sketcher(sequences)
         return
     sketcher.model.to("meta")  # it has served the identity, and would take the memory of a rank
-    yield from sketch_on_ranks(job, batches)
+    yield from sketch_on_ranks(job, batches, identity)
 
 
 def _summary(out: Path, identity: SketchIdentity, responses: int, work: _Work) -> dict[str, Any]:

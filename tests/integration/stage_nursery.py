@@ -71,6 +71,12 @@ def stage_after_append(n: int) -> None:
     wrap(Journal, "append", after=lambda *_: countdown.reached() and die())
 
 
+def stage_terminated_after_append(n: int) -> None:
+    """By SIGTERM, which a stage answers."""
+    countdown = Countdown(n)
+    wrap(Journal, "append", after=lambda *_: countdown.reached() and os.kill(os.getpid(), signal.SIGTERM))
+
+
 def stage_in_append(n: int) -> None:
     """With half of the frame written."""
     countdown, write = Countdown(n), os.pwrite
@@ -167,6 +173,8 @@ def main() -> None:
             code = UNEXPECTED
             try:
                 code = run(order)
+            except SystemExit as left:
+                code = left.code if isinstance(left.code, int) else UNEXPECTED
             except BaseException:
                 traceback.print_exc()
             finally:

@@ -9,6 +9,8 @@ $REFCACHE_STAND_IN is JSON of what to do; calls of the probe at start-up count f
   poison   a token id; a call with a response that ends in it ends this process by SIGKILL
   stuck    a token id; a call with a response that ends in it stops this process by SIGSTOP
   hold     [n, file or FIFO]: stop by SIGSTOP in call n (from 1), after having written there
+  wait     [token id, FIFO]; a call with a response that ends in it waits until somebody opens and closes the FIFO
+  constant a log-prob that every token gets, without a forward, for measurements of what is around an engine
   unready  file; where it exists, the model does not load
 """
 
@@ -44,6 +46,9 @@ class VLLMEngine:
     def score(self, rows: Sequence[Row], on_finished: Callable[[int, int], None]) -> tuple[list[np.ndarray], int, int]:
         if _as_lists(rows) != self.probe:
             self._misbehave(rows)
+            if "constant" in self.wish:
+                on_finished(len(rows), sum(len(prompt) + len(response) for prompt, response in rows))
+                return [np.full(len(response), self.wish["constant"], np.float32) for _, response in rows], 0, 0
         found = []
         for prompt, response in rows:
             logps = self.model.logps(np.concatenate([prompt, response])[:-1])[len(prompt) - 1 :]
@@ -60,6 +65,8 @@ class VLLMEngine:
             Path(self.wish["hold"][1]).write_text("held\n")
             os.kill(os.getpid(), signal.SIGSTOP)
         last = {int(response[-1]) for _, response in rows}
+        if self.wish.get("wait", [None])[0] in last:
+            Path(self.wish["wait"][1]).read_text()
         if self.wish.get("poison") in last:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.wish.get("stuck") in last:

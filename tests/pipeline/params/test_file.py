@@ -38,6 +38,10 @@ def test_benchmark_tasks_are_off_unless_named():
         ("train.learning_rat=1", ["train.learning_rat", "unknown key"]),
         ("train.learning_rate=fast", ["train.learning_rate", "valid number", "'fast'"]),
         ("train.learning_rate=-1", ["train.learning_rate", "greater than 0", "-1"]),
+        (
+            "score={tensor_parallel_size: 2, ray: {gpus: 1}}",
+            ["score", "ray.gpus is 1", "tensor_parallel_size", "found 2"],
+        ),
         ("train.zero_stage=5", ["train.zero_stage", "0, 1, 2 or 3", "5"]),
         ("train.variants={dpo_b0.2: {objective: dpo}}", ["'dpo_b0.2'", "letters, digits and underscores"]),
         ("train.variants={dpo-1: {objective: dpo}}", ["'dpo-1'", "letters, digits and underscores"]),
