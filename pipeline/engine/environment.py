@@ -36,8 +36,8 @@ def engine_places(params: ScoreParams, count: int) -> list[dict[str, str]]:
     """What to add to the environments of `count` engines on this machine, so that each computes on devices of its own.
 
     On GPUs each gets tensor_parallel_size of the visible ones, in their order; RequestError where there are too few. On
-    CPUs each gets its share of the cores that this process may use, whole ones and close to each other; engines beyond
-    the number of cores share them. One engine gets everything.
+    CPUs each gets as many of the cores that this process may use, close to each other; engines beyond the number of
+    cores share them. One engine gets everything.
     """
     if count == 1:
         return [{}]
@@ -55,10 +55,14 @@ def engine_places(params: ScoreParams, count: int) -> list[dict[str, str]]:
 
 
 def divide_cores(cores: list[int], count: int) -> list[list[int]]:
-    """Runs of `cores`, as many and as equal as can be, for `count` engines; these share them where there are fewer."""
+    """Runs of `cores` of one length for `count` engines, which share them where there are fewer.
+
+    What does not divide evenly stays idle: the number of threads decides how a product is summed (docs/numerics.md),
+    and a row must get the same numbers whichever engine is free.
+    """
     runs = min(count, len(cores))
-    bounds = [len(cores) * n // runs for n in range(runs + 1)]
-    return [cores[bounds[n % runs] : bounds[n % runs + 1]] for n in range(count)]
+    each = len(cores) // runs
+    return [cores[n % runs * each :][:each] for n in range(count)]
 
 
 def _neighbourhood(cpu: int) -> tuple[int, int, int]:
