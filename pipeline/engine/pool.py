@@ -326,12 +326,14 @@ class Pool(Generic[W, C, A]):
             self._ending = True
             self._changed.notify_all()
             workers = [place.worker for place in self._places if place.worker is not None]
-        for worker in workers:
-            worker.kill()
+        # Side by side: an engine is gone when its GPU's memory is free, and that takes seconds for each.
+        killers = [threading.Thread(target=worker.kill, daemon=True) for worker in workers]
+        for killer in killers:
+            killer.start()
         for place in self._places:
             place.jobs.put(None)
-        for place in self._places:
-            place.thread.join(_END_SECONDS)
+        for thread in [*killers, *(place.thread for place in self._places)]:
+            thread.join(_END_SECONDS)
 
     def __enter__(self) -> Self:
         return self

@@ -3,9 +3,11 @@
 Processes, pipes and kills are real; a stand-in for vLLM answers (tests/stand_in), but the last test has vLLM.
 """
 
+import os
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,29 @@ def test_a_poisonous_row_is_set_aside_and_every_other_row_is_scored(tmp_path, mo
     status, output = nursery.score(place, wish={"poison": POISON}, rows_per_call=8, engines=2)
     assert status == 1 and f"Response {response_key(*bad).hex()}" in output
     assert good <= kills.journalled(place.home).keys() and response_key(*bad) not in kills.journalled(place.home)
+
+
+def test_an_engine_that_hangs_holds_up_nothing_but_its_call(tmp_path, model, nursery):
+    """The row ends three engines, the second by a stop; whoever else was in a call with it is answered."""
+    place = ScoringProject(tmp_path, model, many_rows())
+    bad = response_key(*place.rows[0])
+    status, output = nursery.score(place, [("engine_at_row", bad.hex())], wish={}, rows_per_call=8, engines=2)
+    assert status == 1 and output.count("no sign of life for 1 s") == 1, output
+    assert output.count("was killed by signal 9") == 2
+    assert kills.journalled(place.home) == dict.fromkeys({response_key(*row) for row in place.rows} - {bad}, 1)
+
+
+def test_sigterm_ends_a_stage_within_seconds_while_its_engines_hang(tmp_path, model, nursery):
+    place, held = ScoringProject(tmp_path, model, many_rows()), tmp_path / "held"
+    os.mkfifo(held)
+    with ThreadPoolExecutor() as threads:
+        stage = threads.submit(nursery.score, place, wish={"hold": [3, str(held)]}, rows_per_call=8, engines=2)
+        held.read_text()  # blocks until an engine is about to stop
+        os.kill(nursery.pid, signal.SIGTERM)
+        assert stage.result(timeout=20)[0] == 128 + signal.SIGTERM
+    assert not engines_of(nursery.pid)
+    assert nursery.score(place, wish={}, rows_per_call=8, engines=2)[0] == 0
+    assert set(kills.journalled(place.home).values()) == {1}
 
 
 def test_two_real_engines_one_of_them_killed_give_the_bytes_of_one(tmp_path, model):

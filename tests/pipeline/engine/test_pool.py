@@ -162,6 +162,19 @@ def test_an_error_of_another_kind_is_the_callers_once_open_calls_are_answered():
     assert {0, 1, 2, 3} <= set(found)
 
 
+def test_all_workers_are_killed_at_the_same_time():
+    """Eight engines that take seconds each to give their memory back end in the time of one."""
+    together, met = threading.Barrier(3), []
+
+    class Slow(Worker):
+        def kill(self):
+            met.append(together.wait(timeout=5))
+
+    with pytest.raises(KeyboardInterrupt), pool(3, start=lambda place: Slow(place, {})):
+        raise KeyboardInterrupt
+    assert sorted(met) == [0, 1, 2]
+
+
 def test_leaving_ends_workers_that_are_being_asked():
     forever, started = threading.Event(), []
 
