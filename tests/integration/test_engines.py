@@ -113,7 +113,7 @@ def test_sigterm_ends_a_stage_within_seconds_while_its_engines_hang(tmp_path, mo
         stage = threads.submit(nursery.score, place, wish={"hold": [3, str(held)]}, rows_per_call=8, engines=2)
         held.read_text()  # blocks until an engine is about to stop
         os.kill(nursery.pid, signal.SIGTERM)
-        assert stage.result(timeout=10)[0] == 128 + signal.SIGTERM
+        assert stage.result(timeout=20)[0] == 128 + signal.SIGTERM
     assert not engines_of(nursery.pid)
     assert nursery.score(place, wish={}, rows_per_call=8, engines=2)[0] == 0
     assert set(kills.journalled(place.home).values()) == {1}
