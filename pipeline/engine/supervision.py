@@ -1,8 +1,9 @@
 """Engines die, hang and fail. Scoring goes on with others, and a row that ends every engine is set aside.
 
-Nobody can tell which row of a call ended an engine. So the rows that were in it are asked again in smaller calls, after
-everything else: first in about the square root of as many (256 rows: 16 calls of 16), then each row alone. The row at
-fault has then ended three engines, the last one alone, and its neighbours have been answered.
+Nobody can tell which row of a call ended an engine, or whether any did. So the call is asked again, after everything
+else: first as it was, since then its numbers are the same to the last bit, whatever ended the first engine; if it ends
+another one, row by row. A row at fault has then ended three engines, the last one alone, and its neighbours have been
+answered.
 """
 
 import itertools
@@ -199,9 +200,10 @@ class SupervisedEngines:
             self.quarantined.append(Quarantined(key, lost.how, lost.log))
             _say(f"{died} It is the third that response {key.hex()} was in; that one is set aside.")
             return []
-        size = 1 if lost.deaths > 1 else math.isqrt(len(rows))
-        _say(f"{died} Another one takes over; {len(rows)} rows will be asked again, by {size}.")
-        return list(calls(rows, size))
+        alone = lost.deaths > 1
+        how = "one by one" if alone else "as they were"
+        _say(f"{died} Another one takes over; {len(rows)} rows will be asked again, {how}.")
+        return list(calls(rows, 1)) if alone else [rows]
 
     def __enter__(self) -> Self:
         return self

@@ -155,6 +155,23 @@ def test_engines_that_go_on_dying_end_the_run(place, monkeypatch, limit, says):
 
 
 @pytest.mark.slow
+def test_the_call_of_a_killed_engine_is_asked_again_last_and_as_it_was(place, monkeypatch):
+    """So that its numbers are the same to the last bit also where they depend on what else is in the call."""
+    score, calls = EngineProcess.score, []
+
+    def die_in_the_second(self, rows, advance):
+        calls.append([response_key(*row) for row in rows])
+        if len(calls) == 2:
+            os.kill(self.pid, 9)
+        return score(self, rows, advance)
+
+    monkeypatch.setattr(EngineProcess, "score", die_in_the_second)
+    place.score()
+    assert len(calls) > 4 and calls[-1] == calls[1] and len(calls[1]) > 1
+    assert sorted(key for call in calls for key in call) == sorted([response_key(*r) for r in place.rows] + calls[1])
+
+
+@pytest.mark.slow
 def test_a_dead_engine_that_cannot_be_replaced_ends_the_run_and_keeps_the_rows(place, monkeypatch):
     score, calls = EngineProcess.score, []
 
