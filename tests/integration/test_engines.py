@@ -16,7 +16,7 @@ from cache import response_key
 from tests.engine_nursery import engines
 from tests.integration import kills
 from tests.integration.test_kills import many_rows
-from tests.scoring_project import ScoringProject, write_prepared
+from tests.scoring_project import ScoringProject
 from tests.tiny import write_model
 from tests.tiny_reference import adversarial_rows
 
@@ -85,15 +85,14 @@ def test_no_engine_outlives_a_killed_stage(tmp_path, model, nursery):
 
 
 def test_a_poisonous_row_is_set_aside_and_every_other_row_is_scored(tmp_path, model, nursery):
-    place = ScoringProject(tmp_path, model, many_rows())
-    prompt, response = place.rows[100]
+    rows = [row for row in many_rows() if row[1][-1] != POISON]
+    prompt, response = rows[100]
     bad = (prompt, [*response[:-1], POISON])
-    write_prepared(place.pairs, [*place.rows[:100], bad, *place.rows[101:]])
-    good = {response_key(*row) for row in place.rows} - {response_key(prompt, response)}
-    good -= {response_key(*row) for row in place.rows if row[1][-1] == POISON}
+    place = ScoringProject(tmp_path, model, [*rows[:100], bad, *rows[101:]])
     status, output = nursery.score(place, wish={"poison": POISON}, rows_per_call=8, engines=2)
     assert status == 1 and f"Response {response_key(*bad).hex()}" in output
-    assert good <= kills.journalled(place.home).keys() and response_key(*bad) not in kills.journalled(place.home)
+    assert output.count("was killed by signal 9") == 3
+    assert kills.journalled(place.home) == dict.fromkeys({response_key(*row) for row in rows[:100] + rows[101:]}, 1)
 
 
 def test_an_engine_that_hangs_holds_up_nothing_but_its_call(tmp_path, model, nursery):
