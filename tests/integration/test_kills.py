@@ -74,7 +74,8 @@ def test_thirty_kills_of_stages_and_engines_lose_no_journalled_row_and_end_in_th
         reached, after = set(kills.asked(asked)), kills.journalled(place.home)
         assert not reached & before.keys()
         assert before <= after
-        assert len(reached - after.keys()) <= 2 * (1 + engines)  # what was in a call at a death, and nothing more
+        # What was in a call at a death, what waits for the journal and what is on the way into it; nothing more.
+        assert len(reached - after.keys()) <= 2 * (3 + engines)
 
     for befalls in draw_runs(random.Random(3)):
         run(-signal.SIGKILL, wish=wish if "kill_after" in befalls else {"asked": str(asked)}, **befalls)
