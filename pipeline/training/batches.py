@@ -12,13 +12,26 @@ def steps_for(epochs: float, n_examples: int, batch_size: int) -> int:
     return math.ceil(epochs * n_examples / batch_size)
 
 
+class _Groups:
+    """The very array, as a key of the cache below: its content would be compared for every batch."""
+
+    def __init__(self, numbers: np.ndarray) -> None:
+        self.numbers = numbers  # kept, so that no other array gets its id
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Groups) and self.numbers is other.numbers
+
+    def __hash__(self) -> int:
+        return id(self.numbers)
+
+
 @lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, n_examples: int, groups: bytes | None) -> np.ndarray:
+def _epoch_order(seed: int, epoch: int, n_examples: int, groups: _Groups | None) -> np.ndarray:
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(n_examples)
     if groups is None:
         return order
-    _, numbers = np.unique(np.frombuffer(groups, dtype=np.int64), return_inverse=True)
+    _, numbers = np.unique(groups.numbers, return_inverse=True)
     # Groups shuffled, and within each its examples in the order drawn above.
     return order[np.argsort(random.permutation(numbers.max() + 1)[numbers[order]], kind="stable")]
 
@@ -28,13 +41,16 @@ def batch_indices(
 ) -> np.ndarray:
     """The global batch of `step` (0-based): int64 (batch_size,), from an endless chain of shuffled epochs.
 
-    groups: int64 (n_examples,), those of one group stay next to each other; None: every example by itself.
+    groups: int64 (n_examples,), those of one group stay next to each other; None: every example by itself. The same
+    array for every step, and not changed in between: an epoch's order is drawn once.
     """
-    key = None if groups is None else groups.tobytes()
-    slots = np.arange(step * batch_size, (step + 1) * batch_size)
-    return np.array(
-        [_epoch_order(seed, slot // n_examples, n_examples, key)[slot % n_examples] for slot in slots.tolist()]
-    )
+    key = None if groups is None else _Groups(groups)
+    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n_examples)
+    parts = [
+        _epoch_order(seed, epoch, n_examples, key)[places[epochs == epoch]]
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
+    ]
+    return np.concatenate(parts)
 
 
 def tokens_in(steps: int, lengths: np.ndarray, *, seed: int, batch_size: int, groups: np.ndarray | None = None) -> int:

@@ -1,8 +1,10 @@
 """Batches: every example once an epoch, the same for any number of ranks."""
 
+import tracemalloc
 from random import Random
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +29,18 @@ def test_grouped_epochs_visit_every_example_once_with_groups_in_one_piece_each(n
     for epoch in np.concatenate(batches)[: 2 * n].reshape(2, n):
         assert sorted(epoch) == list(range(n))
         assert np.count_nonzero(np.diff(groups[epoch])) == len(set(groups.tolist())) - 1
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_next_batch_of_an_epoch_takes_no_memory_that_grows_with_the_examples(together):
+    n = 200_000
+    groups = np.arange(n) // 2 if together else None
+    batch_indices(0, seed=0, n_examples=n, batch_size=64, groups=groups)
+    tracemalloc.start()
+    batch_indices(1, seed=0, n_examples=n, batch_size=64, groups=groups)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < n
 
 
 def test_order_differs_between_seeds_and_epochs():
