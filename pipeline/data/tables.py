@@ -126,6 +126,16 @@ def read_sft(path: Path) -> pl.DataFrame:
     return _read(path, SFT_SCHEMA)
 
 
+def scan_sft(path: Path) -> pl.LazyFrame:
+    return _scan(path, SFT_SCHEMA)
+
+
+def iter_sft(path: Path, columns: Sequence[str], *, rows: int) -> Iterator[pl.DataFrame]:
+    """The supervised examples as `iter_responses` gives responses."""
+    scan_sft(path)
+    yield from _frames(path, columns, rows)
+
+
 def read_pairs(folder: Path, split: str | None = None) -> pl.DataFrame:
     return _of_split(scan_pairs(folder), split)
 
@@ -214,7 +224,11 @@ def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
 def iter_responses(folder: Path, columns: Sequence[str], *, rows: int) -> Iterator[pl.DataFrame]:
     """The responses in file order, at most `rows` at a time, so that memory does not grow with the file."""
     scan_responses(folder)
-    with pq.ParquetFile(folder / "responses.parquet", pre_buffer=False) as file:  # would hold the whole columns
+    yield from _frames(folder / "responses.parquet", columns, rows)
+
+
+def _frames(path: Path, columns: Sequence[str], rows: int) -> Iterator[pl.DataFrame]:
+    with pq.ParquetFile(path, pre_buffer=False) as file:  # would hold the whole columns
         for batch in file.iter_batches(rows, columns=list(columns)):
             yield pl.DataFrame(batch)
 

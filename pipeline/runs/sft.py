@@ -4,12 +4,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.tables import read_sft
 from pipeline.errors import RequestError
 from pipeline.files import write_json, write_text
 from pipeline.params import ModelParams, SftParams
 from pipeline.runs.launch import launch, publish, require_steps
 from pipeline.runs.work_folder import file_digest, work_folder
+from pipeline.tokens.supervised import open_supervised
 from pipeline.training.job import Job
 from pipeline.training.record import last_row
 
@@ -23,14 +23,14 @@ def fine_tune(
     """
     if params.epochs == 0:
         return _take_as_is(tokenizer=tokenizer, out=out, history=history, metrics=metrics, model=model)
-    rows = read_sft(sft)
-    if rows.is_empty():
+    rows = open_supervised(sft)
+    if not len(rows):
         raise RequestError(f"{sft} has no rows to train on. Set prepare.sft.source, or sft.epochs: 0.")
     require_steps(params, len(rows), "sft")
     job = Job(
         kind="sft",
         title="sft",
-        paths={"sft": str(sft), "tokenizer": str(tokenizer)},
+        paths={"sft": str(sft), "tokens": str(rows.path), "tokenizer": str(tokenizer)},
         loop=params.model_dump(exclude={"seed"}),
         settings={"model": model.model_dump()},
         seed=params.seed,

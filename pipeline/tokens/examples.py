@@ -17,14 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache import Reference, join_sum_logps
-from cache.derived import build_once, is_whole
+from cache.derived import build_once
 from cache.errors import system_errors
 from cache.key_set import KeyArray, key_column
 from cache.manifest import MANIFEST
 from pipeline.data.splitting import held_out_rows
 from pipeline.data.tables import FEEDBACK_SIDES, PAIR_SIDES, scan_feedback, scan_pairs
-from pipeline.errors import RunFailed
-from pipeline.tokens.view import TokenView, mapped, open_token_view
+from pipeline.tokens.view import TokenView, content_digest, mapped, open_token_view, require_built
 from pipeline.workspace import scratch_folder, views_folder
 
 EXAMPLES_VERSION = 1  # enters the names
@@ -67,11 +66,7 @@ class Examples:
         self.tokens = TokenView(Path(places.tokens))
         folders = [Path(folder) for folder in (places.examples, places.sums) if folder]
         for folder in folders:
-            if not is_whole(folder):
-                raise RunFailed(
-                    f"{folder} is not there or not whole: something removed what was about to be read (`refcache gc "
-                    "--views`). Run the same command again, which makes it anew."
-                )
+            require_built(folder)
         self.rows, self.response_lengths = self._array("rows"), self._array("response_lengths")
         self.groups, self.lengths = self._array("groups"), self._array("lengths")
         self.desirable = self._array("desirable") if (folders[0] / f"{places.split}-desirable").exists() else None
@@ -115,9 +110,9 @@ def open_examples(pairs: Path, split: str, *, feedback: bool = False, most: int 
     table = pairs / ("feedback.parquet" if feedback else "pairs.parquet")
     tokens = open_token_view(pairs)
     kept = "The prepared tables are intact."
-    with system_errors(f"build examples of {pairs} under {views_folder()}", kept=kept), table.open("rb") as file:
-        content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16, person=b"refcache")).hexdigest()
-        path = views_folder() / f"examples-{EXAMPLES_VERSION}-{table.stem}-{content}-{tokens.path.name}"
+    with system_errors(f"build examples of {pairs} under {views_folder()}", kept=kept):
+        name = f"{table.stem}-{content_digest(table)}-{tokens.path.name}"
+        path = views_folder() / f"examples-{EXAMPLES_VERSION}-{name}"
         build_once(path, lambda partial: _write(partial, table, tokens, feedback=feedback))
     return Examples(Places(str(tokens.path), str(path), split, most=most))
 

@@ -84,7 +84,7 @@ def _write_rows(pairs: Path, first: npt.NDArray[np.int64], files: Mapping[str, B
     """Write the rest, batch by batch; returns whether the keys ascend."""
     columns = ["response_key", "prompt_key", "split", "prompt_ids", "response_ids"]
     ascending, before, n_rows = True, np.zeros(1, KEY), 0
-    responses, prompts = (_IdsWriter(files[f"{name}_starts"], files[f"{name}_ids"]) for name in ("response", "prompt"))
+    responses, prompts = (IdsWriter(files[f"{name}_starts"], files[f"{name}_ids"]) for name in ("response", "prompt"))
     for rows in iter_responses(pairs, columns, rows=BATCH_ROWS):
         keys = key_array(rows["response_key"])
         ascending = ascending and bool((np.concatenate([before, keys[:-1]]) <= keys).all())
@@ -100,7 +100,9 @@ def _write_rows(pairs: Path, first: npt.NDArray[np.int64], files: Mapping[str, B
     return ascending
 
 
-class _IdsWriter:
+class IdsWriter:
+    """Lists of token ids, one after the other, and where each begins."""
+
     def __init__(self, starts: BinaryIO, ids: BinaryIO) -> None:
         self._starts, self._ids, self._written = starts, ids, 0
         starts.write(np.zeros(1, np.int64).tobytes())

@@ -47,9 +47,13 @@ def token_view_name(responses: Path) -> str:
     """The folder's name: what the layout is and a digest of the table's bytes."""
     if not responses.exists():
         return "tokens-absent"  # reading it says what to run
-    with responses.open("rb") as file:
-        content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16, person=b"refcache")).hexdigest()
-    return f"tokens-{VIEW_VERSION}-{content}"
+    return f"tokens-{VIEW_VERSION}-{content_digest(responses)}"
+
+
+def content_digest(table: Path) -> str:
+    """Of a file's bytes, for the names of what is derived from it."""
+    with table.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16, person=b"refcache")).hexdigest()
 
 
 class TokenView:
@@ -64,11 +68,7 @@ class TokenView:
 
     def __init__(self, path: Path) -> None:
         """path: of a view that exists, as `open_token_view` leaves it. Reads no file, so it takes no time."""
-        if not is_whole(path):
-            raise RunFailed(
-                f"{path} is not there or not whole: something removed token ids (`refcache gc --views`) that were "
-                "about to be read. Run the same command again, which makes them anew."
-            )
+        require_built(path)
         self.path = path
         arrays = {name: mapped(path / name, dtype) for name, dtype in FILES.items()}
         self.keys: KeyArray = arrays["response_keys"]
@@ -93,18 +93,18 @@ class TokenView:
     def gather(self, rows: npt.NDArray[Any]) -> Sequences:
         """In the order asked, and as often."""
         numbers = self.prompt_numbers[rows]
-        prompts = _slices(self.flat_prompts, self.prompt_starts, numbers)
-        return Sequences(prompts, _slices(self.flat_responses, self.response_starts, rows))
+        prompts = id_slices(self.flat_prompts, self.prompt_starts, numbers)
+        return Sequences(prompts, id_slices(self.flat_responses, self.response_starts, rows))
 
     @property
     def response_lengths(self) -> Ints:
         """Tokens of each response, (n,)."""
-        return _lengths(self.response_starts)
+        return lengths_of(self.response_starts)
 
     @property
     def prompt_lengths(self) -> Ints:
         """Tokens of each response's prompt, (n,)."""
-        return _lengths(self.prompt_starts)[self.prompt_numbers]
+        return lengths_of(self.prompt_starts)[self.prompt_numbers]
 
     def rows_of(self, keys: Keys) -> npt.NDArray[np.int64]:
         """At which row each of `keys` stands, (len(keys),); -1 where it does not."""
@@ -118,18 +118,29 @@ class TokenView:
         return np.where(self.keys[rows] == asked, rows, -1)
 
 
+def require_built(path: Path) -> None:
+    """RunFailed unless what a stage left at `path`, for processes that only read it, is there and whole."""
+    if not is_whole(path):
+        raise RunFailed(
+            f"{path} is not there or not whole: something removed what was about to be read (`refcache gc --views`). "
+            "Run the same command again, which makes it anew."
+        )
+
+
 def mapped(path: Path, dtype: Any) -> npt.NDArray[Any]:
     """A file of numbers, read-only."""
     # An empty file cannot be mapped. Plain arrays, because slices of np.memmap take several times as long.
     return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.empty(0, dtype)
 
 
-def _slices(values: Ints, starts: npt.NDArray[np.int64], numbers: npt.NDArray[Any]) -> list[Ints]:
+def id_slices(values: Ints, starts: npt.NDArray[np.int64], numbers: npt.NDArray[Any]) -> list[Ints]:
+    """Of flat ids those of each of `numbers`, without a copy."""
     bounds = zip(starts[numbers].tolist(), starts[numbers + 1].tolist(), strict=True)
     return [values[start:stop] for start, stop in bounds]
 
 
-def _lengths(starts: npt.NDArray[np.int64]) -> Ints:
+def lengths_of(starts: npt.NDArray[np.int64]) -> Ints:
+    """How many ids lie between each start and the next, (len(starts) - 1,)."""
     lengths = np.empty(len(starts) - 1, np.int32)
     np.subtract(starts[1:], starts[:-1], out=lengths, casting="unsafe")
     return lengths

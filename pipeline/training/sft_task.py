@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from pipeline.data.tables import read_sft
 from pipeline.forward.kernels import choose_kernels
 from pipeline.forward.layout import choose_layout
 from pipeline.forward.logps import ResponseLogps, collate, pack
@@ -14,6 +13,7 @@ from pipeline.model.opening import is_multimodal, open_config, require_whole
 from pipeline.model.parts import causal_model
 from pipeline.model.tokenizer import open_prepared_tokenizer
 from pipeline.params import LoopParams, ModelParams
+from pipeline.tokens.supervised import Supervised
 from pipeline.trainable.initial import initial_model
 from pipeline.training.deepspeed_engine import Engine, divided_from_the_start
 from pipeline.training.job import Job
@@ -23,22 +23,20 @@ from pipeline.training.loop import TrainingRun, micro_steps_for
 class SftTask:
     """Cross-entropy of the completion tokens, averaged over all completion tokens of the batch."""
 
-    def __init__(self, rows: Path, layout: str, kernels: dict[str, str]) -> None:
-        """layout: "padded", or anything else for one run of sequences. kernels: which ones train, for the metrics."""
-        self.layout, self.kernels, self.rows = layout, kernels, rows
-        table = read_sft(rows)
-        self.prompts = [ids.to_numpy() for ids in table["prompt_ids"]]
-        self.responses = [ids.to_numpy() for ids in table["response_ids"]]
-        self.response_lengths = np.array([len(ids) for ids in self.responses])
-        self.lengths = self.response_lengths + np.array([len(ids) for ids in self.prompts])
-        self.groups = np.arange(len(table))
+    def __init__(self, rows: Path, tokens: Supervised, layout: str, kernels: dict[str, str]) -> None:
+        """rows: where people find what `tokens` were made of, for messages. layout: "padded", or anything else for one
+        run of sequences. kernels: which ones train, for the metrics."""
+        self.layout, self.kernels, self.rows, self._tokens = layout, kernels, rows, tokens
+        self.response_lengths = tokens.lengths(1).astype(np.int64)
+        self.lengths = self.response_lengths + tokens.lengths(0)
+        self.groups = np.arange(len(tokens))
 
     def tokens(self, examples: np.ndarray) -> int:
         lengths = self.lengths[examples]
         return int(lengths.max() * len(lengths) if self.layout == "padded" else lengths.sum())
 
     def loss(self, engine: Engine, micro: np.ndarray, batch: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        sequences = [(self.prompts[i], self.responses[i]) for i in micro]
+        sequences = self._tokens.sequences(micro)
         tokens = collate(sequences) if self.layout == "padded" else pack(sequences, np.arange(len(micro)))
         nll = -engine(*tokens.to(engine.device)).sum()
         return nll / float(self.response_lengths[batch].sum()), {"nll": nll}
@@ -73,4 +71,5 @@ def start(job: Job, loop: LoopParams) -> TrainingRun:
     kernels = choose_kernels(model, layout, loop)
     model.train()
     engine = Engine(ResponseLogps(model, loop.logps_chunk_tokens), loop, micro_steps=micro_steps_for(loop))
-    return TrainingRun(engine, SftTask(Path(job.paths["sft"]), layout, kernels), model)
+    tokens = Supervised(Path(job.paths["tokens"]))
+    return TrainingRun(engine, SftTask(Path(job.paths["sft"]), tokens, layout, kernels), model)
