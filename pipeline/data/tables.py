@@ -15,6 +15,7 @@ from typing import Self
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cache import Keys, KeySet, key_batches, key_bytes
@@ -133,20 +134,30 @@ def scan_sft(path: Path) -> pl.LazyFrame:
 def iter_sft(path: Path, columns: Sequence[str], *, rows: int) -> Iterator[pl.DataFrame]:
     """The supervised examples as `iter_responses` gives responses."""
     scan_sft(path)
-    yield from _frames(path, columns, rows)
+    yield from map(pl.DataFrame, _batches(path, columns, rows))
 
 
-def read_pairs(folder: Path, split: str | None = None) -> pl.DataFrame:
-    return _of_split(scan_pairs(folder), split)
+def read_pairs(folder: Path, split: str | None = None, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """split, columns: None for all; other rows and columns take no memory."""
+    scan_pairs(folder)
+    return _read_part(folder / "pairs.parquet", split, columns or PAIRS_SCHEMA.names)
 
 
-def read_responses(folder: Path, split: str | None = None) -> pl.DataFrame:
-    return _of_split(scan_responses(folder), split)
+def read_responses(folder: Path, split: str | None = None, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """As `read_pairs`."""
+    scan_responses(folder)
+    return _read_part(folder / "responses.parquet", split, columns or RESPONSES_SCHEMA.names)
 
 
-def _of_split(rows: pl.LazyFrame, split: str | None) -> pl.DataFrame:
-    """None: all. The others are dropped while the file is read."""
-    return rows.collect() if split is None else rows.filter(pl.col("split") == split).collect()
+def _read_part(path: Path, split: str | None, columns: Sequence[str]) -> pl.DataFrame:
+    if split is None:
+        return pl.read_parquet(path, columns=list(columns), glob=False)
+    # By pyarrow, whose filter copies: polars' keeps the values of whole batches where a column holds lists.
+    parts = [
+        batch.filter(pc.equal(batch["split"], split)).select(columns)
+        for batch in _batches(path, list(dict.fromkeys([*columns, "split"])), ROW_GROUP_ROWS)
+    ]
+    return pl.DataFrame(pa.Table.from_batches(parts)) if parts else pl.read_parquet(path, glob=False).select(columns)
 
 
 def scan_pairs(folder: Path) -> pl.LazyFrame:
@@ -216,21 +227,15 @@ def pair_sides(folder: Path) -> Iterator[pa.RecordBatch]:
     return key_batches(folder / "pairs.parquet", PAIR_SIDES)
 
 
-def _batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _batches(path: Path, columns: Sequence[str], rows: int = 1 << 16) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(path, pre_buffer=False) as file:  # which would hold the columns of the whole file
-        yield from file.iter_batches(columns=list(columns))
+        yield from file.iter_batches(rows, columns=list(columns))
 
 
 def iter_responses(folder: Path, columns: Sequence[str], *, rows: int) -> Iterator[pl.DataFrame]:
     """The responses in file order, at most `rows` at a time, so that memory does not grow with the file."""
     scan_responses(folder)
-    yield from _frames(folder / "responses.parquet", columns, rows)
-
-
-def _frames(path: Path, columns: Sequence[str], rows: int) -> Iterator[pl.DataFrame]:
-    with pq.ParquetFile(path, pre_buffer=False) as file:  # would hold the whole columns
-        for batch in file.iter_batches(rows, columns=list(columns)):
-            yield pl.DataFrame(batch)
+    yield from map(pl.DataFrame, _batches(folder / "responses.parquet", columns, rows))
 
 
 def _read(path: Path, schema: pa.Schema) -> pl.DataFrame:
