@@ -152,7 +152,7 @@ def read_responses(folder: Path, split: str | None = None, columns: Sequence[str
 def _read_part(path: Path, split: str | None, columns: Sequence[str]) -> pl.DataFrame:
     if split is None:
         return pl.read_parquet(path, columns=list(columns), glob=False)
-    # By pyarrow, whose filter copies: polars' keeps the values of whole batches where a column holds lists.
+    # By pyarrow, whose filter copies: what polars keeps of a column of text holds that of the whole batch.
     parts = [
         batch.filter(pc.equal(batch["split"], split)).select(columns)
         for batch in _batches(path, list(dict.fromkeys([*columns, "split"])), ROW_GROUP_ROWS)
