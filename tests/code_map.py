@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests import ROOT
 
-PACKAGES = ("cache", "pipeline", "stages", "studies")
+PACKAGES = ("cache", "pipeline", "refcache", "stages", "studies")
 NAMED = re.compile(rf"(?:{'|'.join(PACKAGES)})(?:\.[A-Za-z_]\w*)+")
 
 

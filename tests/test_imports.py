@@ -57,7 +57,7 @@ def test_the_map_names_every_room_and_no_file_is_overlooked():
     assert rooms == ARROWS.keys()
     assert {path.stem for path in (ROOT / "pipeline").glob("*.py")} - {"__init__"} <= OPEN
     assert len(files("pipeline")) > 90
-    assert len(files("cache")) > 15 and len(files("stages")) > 15 and len(files("studies")) > 30
+    assert len(files("cache")) > 15 and len(files("stages")) > 15 and len(files("studies")) > 30 and files("refcache")
 
 
 @pytest.mark.parametrize("room", ARROWS)
@@ -74,7 +74,7 @@ def test_rooms_import_only_what_the_map_allows(room):
             assert open_to_all or place in allowed or place.partition(".")[0] in allowed, f"{file} imports {name}"
 
 
-@pytest.mark.parametrize("folder", ["cache", "pipeline", "stages", "studies"])
+@pytest.mark.parametrize("folder", PACKAGES)
 def test_no_module_imports_itself_by_way_of_others(folder):
     """Names in strings count: a module that starts or loads another by its name depends on it as well."""
     graph = {name: needs(name) for name in modules() if name.startswith(folder)}
@@ -115,7 +115,7 @@ def test_stages_import_no_other_stage(file):
     assert {name for name in found if name and name.startswith("stages.")} <= {"stages.options", "stages.tables"}
 
 
-@pytest.mark.parametrize("folder", ["cache", "pipeline", "stages", "studies", "benchmarks", "tests"])
+@pytest.mark.parametrize("folder", [*PACKAGES, "benchmarks", "tests"])
 def test_every_module_that_is_named_in_a_string_exists(folder):
     for file in files(folder):
         for name in named_in_strings(file):
