@@ -71,8 +71,8 @@ class ReferenceLookup:
             return (
                 f"{found}, nor any other response to its prompt of {len(prompt)} tokens, which ends with "
                 f"{self._shown(prompt[-SHOWN_TOKENS:])}. The prompt was rendered by another chat template or "
-                "tokenizer, or cut to another length (a prompt that lost its beginning is another prompt), or comes from "
-                "other data."
+                "tokenizer, or cut to another length (a prompt that lost its beginning is another prompt), or comes "
+                "from other data."
             )
         shared = [_shared(ids, response) for ids in stored]
         closest = stored[int(np.argmax(shared))]
