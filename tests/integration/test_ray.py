@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import threading
 from collections import Counter
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from cache import Journal, open_reference, response_key
 from pipeline.cluster import session
 from pipeline.cluster.same_software import software
+from pipeline.engine.pool import Pool
 from pipeline.errors import RequestError, RunFailed
 from pipeline.params import RayParams, SketchParams
 from pipeline.reference import scoring
@@ -51,14 +53,14 @@ def nursery():
 
 
 def uneven_rows(last=62):
-    """Prompts of 1 to 200 tokens, with 1 to 7 responses of 1 to 80."""
+    """Prompts of 1 to 200 tokens, with 1 to 7 responses of 1 to 80; and one that a test can make slow."""
     draw, rows = np.random.default_rng(0), []
     while len(rows) < ROWS:
         prompt = draw.integers(3, last, draw.integers(1, 201)).astype(np.int32)
         rows += [
             (prompt, draw.integers(3, last, draw.integers(1, 81)).astype(np.int32)) for _ in range(draw.integers(1, 8))
         ]
-    return rows[:ROWS]
+    return [*rows[: ROWS - 1], (np.array([9], np.int32), np.array([SLOW], np.int32))]
 
 
 def on_ray(engines, **changes):
@@ -95,6 +97,15 @@ def after_append(monkeypatch, do):
         do(next(count))
 
     monkeypatch.setattr(Journal, "append", append_and_do)
+
+
+def slow_call(place, monkeypatch, **wish):
+    """From now on the call with the slow row ends when somebody writes to the FIFO that is returned."""
+    fifo = place.root / "fifo"
+    os.mkfifo(fifo)
+    wish |= {"asked": str(place.asked), "wait": [SLOW, str(fifo)]}
+    monkeypatch.setenv("REFCACHE_STAND_IN", json.dumps(wish))
+    return fifo
 
 
 def test_kills_of_the_stage_and_ten_of_actors_and_engines_cost_their_calls_alone_and_end_in_the_same_bytes(
@@ -134,12 +145,8 @@ def test_kills_of_the_stage_and_ten_of_actors_and_engines_cost_their_calls_alone
 def test_a_slow_call_holds_nobody_up_and_a_row_that_ends_three_engines_is_set_aside(
     place, cluster, monkeypatch, capsys
 ):
-    fifo = place.root / "fifo"
-    os.mkfifo(fifo)
-    wish = {"asked": str(place.asked), "poison": POISON, "wait": [SLOW, str(fifo)]}
-    monkeypatch.setenv("REFCACHE_STAND_IN", json.dumps(wish))
-    slow, poison = (np.array([9], np.int32), np.array([SLOW])), (np.array([8], np.int32), np.array([5, POISON]))
-    bad = [tuple(np.asarray(part, np.int32) for part in row) for row in (slow, poison)]
+    fifo = slow_call(place, monkeypatch, poison=POISON)
+    bad = [place.rows[-1], (np.array([8], np.int32), np.array([5, POISON], np.int32))]
     poisoned = ScoringProject(place.root / "poisoned", place.model, [*place.rows[:40], *bad])
     others = {response_key(*row) for row in place.rows[:40]}
 
@@ -157,7 +164,14 @@ def test_a_slow_call_holds_nobody_up_and_a_row_that_ends_three_engines_is_set_as
 
 def test_a_node_that_dies_costs_its_calls_and_the_others_go_on(place, cluster, undisturbed, monkeypatch, capsys):
     monkeypatch.setattr(session, "MOVE_SECONDS", 1.0)
-    node = cluster.add_node(2)
+    fifo, node, retire = slow_call(place, monkeypatch), cluster.add_node(2), Pool._retire
+
+    def retire_and_let_the_slow_one_go(pool, *arguments):
+        retired = retire(pool, *arguments)
+        threading.Thread(target=fifo.write_text, args=("",), daemon=True).start()  # waits for the call
+        return retired
+
+    monkeypatch.setattr(Pool, "_retire", retire_and_let_the_slow_one_go)  # or all is answered before it comes to that
     after_append(monkeypatch, lambda n: n == 4 and cluster.end_node(node))
     found = place.score(params=on_ray(2, ray=RayParams(cpus=1.5)))  # one fits on each node
     assert found["engines"] == 2
