@@ -17,12 +17,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.sizes import size_of, table  # noqa: E402
 from benchmarks.synthetic_pairs import write_model, write_prepared  # noqa: E402
 
 NEW_SHARE = 0.05
@@ -187,21 +189,10 @@ def measure_size(folder: Path, root: Path, n_pairs: int, stages: list[str]) -> d
                 write_prepared(place.pairs, round(n_pairs * (1 + NEW_SHARE)))
             found[name] = measure(place, name)
             print(f"{n_pairs:,} pairs, {name}: {found[name]}", file=sys.stderr, flush=True)
-        found["bytes"] = {part.name: _size(part) for part in sorted(folder.iterdir()) if _size(part) > MB}
+        found["bytes"] = {part.name: size_of(part) for part in sorted(folder.iterdir()) if size_of(part) > MB}
         return found
     finally:
         shutil.rmtree(folder)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-
-
-def table(title: str, results: dict[int, Any], cell: Callable[[dict[str, Any]], str]) -> str:
-    head = "| " + title + " | " + " | ".join(f"{n:,} pairs" for n in results) + " |\n|---|" + "---:|" * len(results)
-    names = [name for name in next(iter(results.values())) if name in STAGES]
-    rows = (f"| {name} | " + " | ".join(cell(found[name]) for found in results.values()) + " |" for name in names)
-    return "\n".join([head, *rows]) + "\n"
 
 
 def overhead(results: dict[int, Any]) -> list[str]:
@@ -222,7 +213,7 @@ def overhead(results: dict[int, Any]) -> list[str]:
 
 
 def report(results: dict[int, Any], machine: str) -> str:
-    largest = results[max(results)]
+    largest, shown = results[max(results)], partial(table, results, list(STAGES), "pairs")
     sizes = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in largest["bytes"].items())
     return "\n".join(
         [
@@ -231,11 +222,11 @@ def report(results: dict[int, Any], machine: str) -> str:
             "Pairs as long as UltraFeedback's; every stage in a fresh process, with an engine of constant answers.",
             f"The largest has {largest['responses']:,} responses and {largest['tokens'] / 1e6:,.0f} M tokens.\n",
             "Anonymous memory of the stage's own process:\n",
-            table("peak anonymous MB", results, lambda f: f"{f['peak_anonymous'] / MB:,.0f}"),
-            table("CPU seconds", results, lambda f: f"{f['cpu']:.1f}"),
-            table("seconds", results, lambda f: f"{f['seconds']:.1f}"),
+            shown("peak anonymous MB", lambda f: f"{f['peak_anonymous'] / MB:,.0f}"),
+            shown("CPU seconds", lambda f: f"{f['cpu']:.1f}"),
+            shown("seconds", lambda f: f"{f['seconds']:.1f}"),
             "Of its children together, the engine among them:\n",
-            table("peak anonymous MB", results, lambda f: f"{f['children_peak_anonymous'] / MB:,.0f}"),
+            shown("peak anonymous MB", lambda f: f"{f['children_peak_anonymous'] / MB:,.0f}"),
             "score outside the engine, its start and end included:\n",
             *overhead(results),
             f"\nOn disk at {max(results):,} pairs: {sizes}.",

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
+from benchmarks.sizes import size_of, table  # noqa: E402
 from cache import (  # noqa: E402
     LOGPS_SCHEMA,
     Journal,
@@ -224,19 +226,8 @@ def measure_size(root: Path, n_rows: int, operations: list[str]) -> dict[str, An
         shutil.rmtree(root)
 
 
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-
-
-def table(title: str, results: dict[int, Any], cell: Callable[[dict[str, Any]], str]) -> str:
-    head = "| " + title + " | " + " | ".join(f"{n:,} rows" for n in results) + " |\n|---|" + "---:|" * len(results)
-    names = [name for name in next(iter(results.values())) if name in OPERATIONS]
-    rows = (f"| {name} | " + " | ".join(cell(found[name]) for found in results.values()) + " |" for name in names)
-    return "\n".join([head, *rows]) + "\n"
-
-
 def report(results: dict[int, Any], machine: str) -> str:
-    largest = results[max(results)]
+    largest, shown = results[max(results)], partial(table, results, list(OPERATIONS), "rows")
     sizes = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in largest["bytes"].items())
     rates = [
         f"- {name.capitalize()}: "
@@ -251,13 +242,13 @@ def report(results: dict[int, Any], machine: str) -> str:
             f"`python benchmarks/store_scale.py --rows {' '.join(map(str, results))}`, on {machine}.",
             "Synthetic rows with 16 to 48 response tokens; every operation in a fresh process that also opens what it",
             "needs. Every row is asked for once by the pairs, of which there are half as many.\n",
-            table("seconds (rows/s)", results, lambda f: f"{f['seconds']:.2f} ({f['rows'] / f['seconds']:,.0f})"),
+            shown("seconds (rows/s)", lambda f: f"{f['seconds']:.2f} ({f['rows'] / f['seconds']:,.0f})"),
             "CPU seconds (of both cores together; with making the rows up, for write) are those that other work on the",
             "machine does not stretch.\n",
-            table("CPU seconds", results, lambda f: f"{f['cpu']:.2f}"),
+            shown("CPU seconds", lambda f: f"{f['cpu']:.2f}"),
             "Anonymous memory is what the process allocated itself; resident memory has pages of mapped files, too.\n",
-            table("peak anonymous MB", results, lambda f: f"{f['peak_anonymous'] / MB:,.0f}"),
-            table("peak resident MB", results, lambda f: f"{f['peak_rss'] / MB:,.0f}"),
+            shown("peak anonymous MB", lambda f: f"{f['peak_anonymous'] / MB:,.0f}"),
+            shown("peak resident MB", lambda f: f"{f['peak_rss'] / MB:,.0f}"),
             *rates,
             f"- On disk at {max(results):,} rows: {sizes}.",
         ]

@@ -28,16 +28,10 @@ from cache import (
 )
 from tests.cache import test_sketches
 from tests.cache.rows import identity, keys_of, make_rows
-from tests.object_storage import BUCKET, storage
+from tests.object_storage import BUCKET
 
 ROWS = make_rows(0, 60)
 ABSENT = make_rows(500, 502)
-
-
-@pytest.fixture(scope="module")
-def server():
-    with storage() as running:
-        yield running
 
 
 @pytest.fixture

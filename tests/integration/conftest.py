@@ -1,7 +1,8 @@
-"""What the training tests share: one process to fork ranks from, and one finished phase 1."""
+"""What the tests share: processes to fork ranks and score stages from, a model, and one finished phase 1."""
 
 import pytest
 
+from tests.integration import kills
 from tests.integration.trainings import Nursery
 from tests.tiny import write_model, write_pairs, write_reference_cache
 
@@ -10,6 +11,17 @@ from tests.tiny import write_model, write_pairs, write_reference_cache
 def nursery():
     with Nursery() as nursery:
         yield nursery
+
+
+@pytest.fixture(scope="module")
+def score_nursery():
+    with kills.Nursery() as nursery:
+        yield nursery
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")

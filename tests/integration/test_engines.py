@@ -17,7 +17,6 @@ from tests.engine_nursery import engines
 from tests.integration import kills
 from tests.integration.test_kills import many_rows
 from tests.scoring_project import ScoringProject
-from tests.tiny import write_model
 from tests.tiny_reference import adversarial_rows
 
 pytestmark = pytest.mark.slow
@@ -26,20 +25,9 @@ POISON = 63
 
 
 @pytest.fixture(scope="module")
-def nursery():
-    with kills.Nursery() as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, model, nursery):
+def undisturbed(tmp_path_factory, model, score_nursery):
     place = ScoringProject(tmp_path_factory.mktemp("undisturbed"), model, many_rows())
-    assert nursery.score(place, wish={}, rows_per_call=2)[0] == 0
+    assert score_nursery.score(place, wish={}, rows_per_call=2)[0] == 0
     return kills.published(place.out)
 
 
@@ -57,64 +45,64 @@ def engines_of(stage: int) -> list[int]:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_kills_of_engines_and_stages_change_no_byte(tmp_path, model, nursery, undisturbed, count):
+def test_kills_of_engines_and_stages_change_no_byte(tmp_path, model, score_nursery, undisturbed, count):
     place = ScoringProject(tmp_path, model, many_rows())
     needed, draw = {response_key(*row) for row in place.rows}, random.Random(count)
     for _ in range(4):
         before = kills.journalled(place.home)
         moments = [(draw.choice(["engine_before_call", "engine_in_call"]), draw.randint(2, 9)) for _ in range(2)]
         moments.append((draw.choice(["stage_before_append", "stage_after_append"]), draw.randint(10, 14)))
-        status, output = nursery.score(place, moments, wish={}, rows_per_call=2, engines=count)
+        status, output = score_nursery.score(place, moments, wish={}, rows_per_call=2, engines=count)
         assert status == -signal.SIGKILL, output
         assert before <= kills.journalled(place.home) and max(kills.journalled(place.home).values()) == 1
     moments = [("engine_before_call", 2), ("engine_in_call", 5), ("engine_before_call", 9)]
-    status, output = nursery.score(place, moments, wish={}, rows_per_call=2, engines=count)
+    status, output = score_nursery.score(place, moments, wish={}, rows_per_call=2, engines=count)
     assert status == 0 and output.count("was killed by signal 9") == 3, output
     assert kills.journalled(place.home) == dict.fromkeys(needed, 1)
     assert kills.published(place.out) == undisturbed
 
 
-def test_no_engine_outlives_a_killed_stage(tmp_path, model, nursery):
+def test_no_engine_outlives_a_killed_stage(tmp_path, model, score_nursery):
     place = ScoringProject(tmp_path, model, many_rows())
     moments = [("engine_before_call", 3), ("stage_after_append", 12)]
-    assert nursery.score(place, moments, wish={}, rows_per_call=2, engines=3)[0] == -signal.SIGKILL
+    assert score_nursery.score(place, moments, wish={}, rows_per_call=2, engines=3)[0] == -signal.SIGKILL
     deadline = time.monotonic() + 20
-    while engines_of(nursery.pid):
+    while engines_of(score_nursery.pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def test_a_poisonous_row_is_set_aside_and_every_other_row_is_scored(tmp_path, model, nursery):
+def test_a_poisonous_row_is_set_aside_and_every_other_row_is_scored(tmp_path, model, score_nursery):
     rows = [row for row in many_rows() if row[1][-1] != POISON]
     prompt, response = rows[100]
     bad = (prompt, [*response[:-1], POISON])
     place = ScoringProject(tmp_path, model, [*rows[:100], bad, *rows[101:]])
-    status, output = nursery.score(place, wish={"poison": POISON}, rows_per_call=8, engines=2)
+    status, output = score_nursery.score(place, wish={"poison": POISON}, rows_per_call=8, engines=2)
     assert status == 1 and f"Response {response_key(*bad).hex()}" in output
     assert output.count("was killed by signal 9") == 3
     assert kills.journalled(place.home) == dict.fromkeys({response_key(*row) for row in rows[:100] + rows[101:]}, 1)
 
 
-def test_an_engine_that_hangs_holds_up_nothing_but_its_call(tmp_path, model, nursery):
+def test_an_engine_that_hangs_holds_up_nothing_but_its_call(tmp_path, model, score_nursery):
     """The row ends three engines, the second by a stop; whoever else was in a call with it is answered."""
     place = ScoringProject(tmp_path, model, many_rows())
     bad = response_key(*place.rows[0])
-    status, output = nursery.score(place, [("engine_at_row", bad.hex())], wish={}, rows_per_call=8, engines=2)
+    status, output = score_nursery.score(place, [("engine_at_row", bad.hex())], wish={}, rows_per_call=8, engines=2)
     assert status == 1 and output.count("no sign of life for 1 s") == 1, output
     assert output.count("was killed by signal 9") == 2
     assert kills.journalled(place.home) == dict.fromkeys({response_key(*row) for row in place.rows} - {bad}, 1)
 
 
-def test_sigterm_ends_a_stage_within_seconds_while_its_engines_hang(tmp_path, model, nursery):
+def test_sigterm_ends_a_stage_within_seconds_while_its_engines_hang(tmp_path, model, score_nursery):
     place, held = ScoringProject(tmp_path, model, many_rows()), tmp_path / "held"
     os.mkfifo(held)
     with ThreadPoolExecutor() as threads:
-        stage = threads.submit(nursery.score, place, wish={"hold": [3, str(held)]}, rows_per_call=8, engines=2)
+        stage = threads.submit(score_nursery.score, place, wish={"hold": [3, str(held)]}, rows_per_call=8, engines=2)
         held.read_text()  # blocks until an engine is about to stop
-        os.kill(nursery.pid, signal.SIGTERM)
+        os.kill(score_nursery.pid, signal.SIGTERM)
         assert stage.result(timeout=20)[0] == 128 + signal.SIGTERM
-    assert not engines_of(nursery.pid)
-    assert nursery.score(place, wish={}, rows_per_call=8, engines=2)[0] == 0
+    assert not engines_of(score_nursery.pid)
+    assert score_nursery.score(place, wish={}, rows_per_call=8, engines=2)[0] == 0
     assert set(kills.journalled(place.home).values()) == {1}
 
 

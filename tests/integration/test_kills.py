@@ -16,22 +16,10 @@ import pytest
 from cache import CacheIncomplete, open_reference, response_key
 from tests.integration import kills
 from tests.scoring_project import ScoringProject
-from tests.tiny import write_model
 
 pytestmark = pytest.mark.slow
 
 ROWS = 240
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    with kills.Nursery() as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"))
 
 
 def many_rows():
@@ -55,9 +43,11 @@ def draw_runs(moments):
     return runs
 
 
-def test_thirty_kills_of_stages_and_engines_lose_no_journalled_row_and_end_in_the_same_bytes(tmp_path, model, nursery):
+def test_thirty_kills_of_stages_and_engines_lose_no_journalled_row_and_end_in_the_same_bytes(
+    tmp_path, model, score_nursery
+):
     undisturbed = ScoringProject(tmp_path / "undisturbed", model, many_rows())
-    assert nursery.score(undisturbed, wish={}, rows_per_call=2)[0] == 0
+    assert score_nursery.score(undisturbed, wish={}, rows_per_call=2)[0] == 0
     place = ScoringProject(tmp_path / "killed", model, many_rows())
     asked, needed = tmp_path / "asked", {response_key(*row) for row in place.rows}
     # Stopped in a late call, so that a kill at a random time finds a living stage however fast the machine is.
@@ -67,7 +57,7 @@ def test_thirty_kills_of_stages_and_engines_lose_no_journalled_row_and_end_in_th
     def run(expected, **what):
         before = kills.journalled(place.home)
         asked.unlink(missing_ok=True)
-        status, output = nursery.score(place, rows_per_call=2, **what)
+        status, output = score_nursery.score(place, rows_per_call=2, **what)
         assert status == expected, (what, output)
         engines = output.count("was killed by signal 9")
         killed.update(stage=status == -signal.SIGKILL, engine=engines)

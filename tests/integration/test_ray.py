@@ -41,17 +41,6 @@ def cluster():
         yield cluster
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    with kills.Nursery() as nursery:
-        yield nursery
-
-
 def uneven_rows(last=62):
     """Prompts of 1 to 200 tokens, with 1 to 7 responses of 1 to 80; and one that a test can make slow."""
     draw, rows = np.random.default_rng(0), []
@@ -109,12 +98,12 @@ def slow_call(place, monkeypatch, **wish):
 
 
 def test_kills_of_the_stage_and_ten_of_actors_and_engines_cost_their_calls_alone_and_end_in_the_same_bytes(
-    place, cluster, undisturbed, nursery, monkeypatch
+    place, cluster, undisturbed, score_nursery, monkeypatch
 ):
     params = {"workers": "ray", "engines": 2, "ray": SMALL, "rows_per_call": 4}
     wish = {"asked": str(place.asked)}
     for moment, status in (("stage_after_append", -signal.SIGKILL), ("stage_terminated_after_append", 143)):
-        found, output = nursery.score(place, [(moment, 2)], wish=wish, **params)
+        found, output = score_nursery.score(place, [(moment, 2)], wish=wish, **params)
         assert found == status, output
         assert gone(cluster.actors), output
     before, already = kills.journalled(place.home), len(kills.asked(place.asked))
@@ -212,17 +201,17 @@ def test_what_the_cluster_has_not_is_said_before_anything_waits_for_it(place, cl
 
 
 def test_a_cluster_of_its_own_ends_with_its_stage_however_that_ends_and_two_real_engines_go_on(
-    tmp_path, model, nursery
+    tmp_path, model, score_nursery
 ):
     """Rows of the stand-in first, then of vLLM: both are right to a thousandth of a nat."""
     place = ScoringProject(tmp_path, model, uneven_rows()[:60])
     params = {"workers": "ray", "rows_per_call": 4}
-    found, output = nursery.score(place, [("stage_after_append", 3)], wish={}, engines=1, ray=SMALL, **params)
+    found, output = score_nursery.score(place, [("stage_after_append", 3)], wish={}, engines=1, ray=SMALL, **params)
     assert found == -signal.SIGKILL, output
     assert gone(lambda: processes_under(place.home)), output
     before = kills.journalled(place.home).keys()
     assert 3 <= len(before) < 40
-    found, output = nursery.score(place, engines=2, ray=RayParams(cpus=1), **params)
+    found, output = score_nursery.score(place, engines=2, ray=RayParams(cpus=1), **params)
     assert found == 0, output
     assert gone(lambda: processes_under(place.home), 1.0), output
     metrics = json.loads(place.metrics.read_text())

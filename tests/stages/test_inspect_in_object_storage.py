@@ -9,13 +9,6 @@ from cache import publish_reference, shards
 from stages.__main__ import main
 from tests.cache import test_sketches
 from tests.cache.rows import identity, make_rows
-from tests.object_storage import storage
-
-
-@pytest.fixture(scope="module")
-def server():
-    with storage() as running:
-        yield running
 
 
 @pytest.fixture
