@@ -28,8 +28,8 @@ def score(
 
     pairs: as `Cache.join` takes them. model: a transformers folder. tokenizer: a tokenizer or the folder of one; None:
     the model's own. prepare, params: sections of params.yaml, None for their defaults, and an engine without
-    compilation, which pays in long runs alone. out: a folder to publish these rows to as a reference cache of their own;
-    None: nowhere.
+    compilation, which pays in long runs alone. out: a folder to publish these rows to as a reference cache of their
+    own; None: nowhere.
 
     What was scored before, by this function or by `refcache score` in the same working folder, is taken from the
     journals in .refcache; without anything new no engine is started. Raises what the `score` stage raises, with
