@@ -1,0 +1,85 @@
+"""YAML that the documentation shows for params.yaml is what the strict sections take, and so is every dotted name."""
+
+import re
+from copy import deepcopy
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import pytest
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+
+from pipeline.params import Params
+from tests import ROOT
+from tests.docs import CURRENT, blocks, inline_code
+
+PARAMS = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+FILE_ENDINGS = {"json", "jsonl", "md", "py", "parquet", "tsv", "yaml", "log"}
+
+
+def shown() -> list[tuple[str, dict[str, Any]]]:
+    """(where, sections) of the blocks that are parts of params.yaml; `...` in them stands for the keys left out."""
+    found = [(str(block), YAML(typ="safe").load(block.text)) for block in blocks("yaml")]
+    return [(where, sections) for where, sections in found if set(sections) & set(Params.model_fields)]
+
+
+def merged(base: Any, over: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return {**base, **{key: merged(base.get(key), value) for key, value in over.items() if key != "..."}}
+
+
+def test_blocks_are_found():
+    assert len(shown()) > 8
+
+
+@pytest.mark.parametrize(("where", "sections"), shown(), ids=lambda value: value if isinstance(value, str) else "")
+def test_every_block_of_yaml_is_allowed_in_params_yaml(where, sections):
+    try:
+        Params.model_validate(merged(deepcopy(PARAMS), sections))
+    except ValidationError as error:
+        # Sections that must agree are another page's business: a block shows one of them.
+        assert all(not problem["loc"] for problem in error.errors()), f"{where}: {error}"
+
+
+def kinds(annotation: Any) -> list[Any]:
+    """The types that a value may have, out of unions, annotations and type aliases."""
+    annotation = getattr(annotation, "__value__", annotation)
+    if get_origin(annotation) is Annotated:
+        return kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for part in get_args(annotation) for kind in kinds(part)]
+    return [annotation]
+
+
+def has(kind: Any, path: list[str]) -> bool:
+    if not path or kind is Any:
+        return True
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        field = kind.model_fields.get(path[0])
+        return field is not None and any(has(inner, path[1:]) for inner in kinds(field.annotation))
+    if get_origin(kind) is dict:  # a name of the user's own: train.variants.dpo.beta
+        return any(has(inner, path[1:]) for inner in kinds(get_args(kind)[1]))
+    return False
+
+
+def dotted() -> list[tuple[str, str]]:
+    name = re.compile(rf"({'|'.join(Params.model_fields)})((?:\.[a-z_<>0-9]+)+)(?=$|[:=,\s])")
+    found = [
+        (str(page.relative_to(ROOT)), match.group())
+        for page in CURRENT
+        for code in inline_code(page)
+        for match in [name.match(code)]
+        if match and match.group().rpartition(".")[2] not in FILE_ENDINGS
+    ]
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize(("where", "name"), dotted())
+def test_every_parameter_that_is_named_with_its_section_exists(where, name):
+    assert has(Params, name.split(".")), f"{where}: params.yaml takes no {name}"
+
+
+def test_names_are_told_apart():
+    assert has(Params, ["train", "variants", "dpo", "beta"]) and has(Params, ["prepare", "ranked", "min_gap"])
+    assert not has(Params, ["train", "epoch"]) and not has(Params, ["score", "engines", "count"])
