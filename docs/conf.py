@@ -1,7 +1,7 @@
 """The documentation as a site, `make docs`: README, docs/ and what they link to, as the git host shows them.
 
 The source folder is the repository, not docs/, so that a link to ../benchmarks/results/x.md leads to a page here too.
-Other files that are linked to (params.yaml, sources) are copied beside the pages; a link to a folder becomes plain text.
+Other files that are linked to (params.yaml, sources) are copied beside the pages; links to folders become plain text.
 Warnings are errors: a link or anchor that leads nowhere, and a page that NAV lacks.
 """
 

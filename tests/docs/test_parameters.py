@@ -63,6 +63,24 @@ def has(kind: Any, path: list[str]) -> bool:
     return False
 
 
+def names(kind: Any, path: str = "") -> set[str]:
+    """All keys of a section and of what lies in it, dotted."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        found = {f"{path}.{name}": field.annotation for name, field in kind.model_fields.items()}
+        return set(found).union(*(names(inner, name) for name, part in found.items() for inner in kinds(part)))
+    return (
+        set().union(*(names(inner, path) for inner in kinds(get_args(kind)[1]))) if get_origin(kind) is dict else set()
+    )
+
+
+def test_every_parameter_is_explained_somewhere():
+    texts = [ROOT / "params.yaml", *(page for page in CURRENT if page.parts[-2] in ("docs", "input"))]
+    words = set(re.findall(r"\w+", "\n".join(text.read_text() for text in texts)))
+    found = names(Params)
+    assert len(found) > 150
+    assert not sorted(name for name in found if name.rpartition(".")[2] not in words)
+
+
 def dotted() -> list[tuple[str, str]]:
     name = re.compile(rf"({'|'.join(Params.model_fields)})((?:\.[a-z_<>0-9]+)+)(?=$|[:=,\s])")
     found = [
