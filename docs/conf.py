@@ -24,7 +24,8 @@ NAV: dict[str, list[tuple[str | None, str]]] = {
         ("Commands", "docs/commands"),
         ("Troubleshooting", "docs/troubleshooting"),
     ],
-    "Train and judge": [
+    "Score, train, judge": [
+        ("Scoring", "docs/scoring"),
         ("Objectives", "docs/objectives"),
         ("Training", "docs/training"),
         ("AuxDPO", "docs/auxdpo"),

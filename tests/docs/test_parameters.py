@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
-from pipeline.params import Params
+from pipeline.params import Params, ScoreParams, TrainParams
 from tests import ROOT
 from tests.docs import CURRENT, blocks, inline_code
 
@@ -40,6 +40,24 @@ def test_every_block_of_yaml_is_allowed_in_params_yaml(where, sections):
     except ValidationError as error:
         # Sections that must agree are another page's business: a block shows one of them.
         assert all(not problem["loc"] for problem in error.errors()), f"{where}: {error}"
+
+
+def options() -> dict[str, dict[str, Any]]:
+    """{section: {name: default}} of the tables that begin with `SECTION.` and `default`."""
+    table = re.compile(r"^\| `(\w+)\.` \| default \|.*\n.*\n((?:\|.*\n)+)", re.MULTILINE)
+    row = re.compile(r"^\| `(\w+)` \| ([^|]+?) \|", re.MULTILINE)
+    tables = [match for page in CURRENT for match in table.findall(page.read_text())]
+    return {
+        section: {name: YAML(typ="safe").load(value) for name, value in row.findall(rows)} for section, rows in tables
+    }
+
+
+@pytest.mark.parametrize(("section", "model"), [("score", ScoreParams), ("train", TrainParams)])
+def test_tables_of_options_have_every_one_with_its_default(section, model):
+    fields = {name: field for name, field in model.model_fields.items() if not field.is_required()}
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+    plain = {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in defaults.items()}
+    assert options()[section] == plain
 
 
 def kinds(annotation: Any) -> list[Any]:
