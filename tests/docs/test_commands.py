@@ -17,11 +17,12 @@ VALUE = r"(?:'([^']*)'|(\S+))"
 
 
 def shell_lines() -> list[tuple[str, str]]:
-    """(where, line) of shell blocks and inline code; continued lines joined, comments gone."""
+    """(where, line) of shell blocks and inline code; continued lines joined; no comments, no packages."""
     texts = [(str(block), block.text) for block in blocks("sh", "bash")]
     texts += [(str(page.relative_to(ROOT)), code) for page in CURRENT for code in inline_code(page)]
     joined = [(where, text.replace("\\\n", " ").splitlines()) for where, text in texts]
-    return [(where, re.sub(r"(^|\s)#.*", "", line)) for where, lines in joined for line in lines]
+    not_ours = r"(^|\s)#.*|\bpip install [^&;|]*"
+    return [(where, re.sub(not_ours, "", line)) for where, lines in joined for line in lines]
 
 
 def uses(expression: re.Pattern[str]) -> list[tuple[str, str, str]]:
