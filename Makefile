@@ -2,6 +2,7 @@
 #   make demo               set up, then run the whole pipeline on the embedded demo
 #   make test               set up, then every test
 #   make check              lint, types and the fast tests
+#   make docs               the documentation as a site, site/index.html
 #   make VARIANT=cuda ...   choose the extra yourself: cpu or cuda (default: cuda where nvidia-smi sees a GPU)
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ SETUP := $(VENV)/.set-up-$(VARIANT)
 # DVC and DeepSpeed start `python` and `ninja` by name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test fast lint types check setup clean
+.PHONY: demo test fast lint types check docs setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(SETUP)
@@ -46,5 +47,10 @@ types: setup
 check: lint
 	$(MAKE) --no-print-directory -j2 types fast
 
+# -W: a link, an anchor or a page that leads nowhere is an error. -E: the side bar is part of every page.
+docs: setup
+	python -m sphinx -q -E -W --keep-going -n -c docs . site
+	@echo "Open site/index.html"
+
 clean:
-	rm -rf $(VENV) .refcache data/prepared data/reference data/sampled models results report
+	rm -rf $(VENV) .refcache data/prepared data/reference data/sampled models results report site
