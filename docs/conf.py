@@ -35,6 +35,7 @@ NAV: dict[str, list[tuple[str | None, str]]] = {
         ("The report", "docs/report"),
     ],
     "The cache": [
+        ("From Python", "docs/api"),
         ("Formats", "docs/cache-format"),
         ("Sharing", "docs/sharing"),
         ("Numerics", "docs/numerics"),
