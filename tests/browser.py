@@ -207,6 +207,8 @@ class Qt:
             if address := re.search(r"DevTools listening on (ws:\S+)", line):
                 break
         else:
+            if lacking := re.search(r"ImportError: (.*cannot open shared object file.*)", "".join(said)):
+                pytest.skip(f"PySide6-WebEngine needs a library of the system: {lacking[1]}")
             raise RuntimeError(f"Qt's WebEngine did not start: {''.join(said)}")
         threading.Thread(target=self._process.stderr.read, daemon=True).start()  # or it would wait for a reader
         self._stack = ExitStack()
