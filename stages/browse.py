@@ -17,6 +17,13 @@ from stages.options import LocalPath, default_path_option, trust_option
     help="Folder with CELL/samples.parquet, policies' answers to held-out prompts, e.g. results/answers.  "
     "[default: none are shown]",
 )
+@click.option(
+    "--policy",
+    "policies",
+    type=LocalPath(),
+    multiple=True,
+    help="Folder of a trained policy, e.g. models/policies/dpo-0: show the log-probs that `evaluate` kept; repeatable.",
+)
 @default_path_option("--out", "browse", "Folder for index.html and its data.")
 @click.option("--split", help="Pairs of this split only: train or test.  [default: all]")
 @click.option(
@@ -34,6 +41,7 @@ def command(
     reference: Path,
     tokenizer: Path,
     answers: Path | None,
+    policies: tuple[Path, ...],
     out: Path,
     split: str | None,
     limit: int,
@@ -48,7 +56,7 @@ def command(
     \b
     Example:
       refcache browse
-      refcache browse --split test --answers results/answers --out browse-test
+      refcache browse --split test --answers results/answers --policy models/policies/dpo-0
       refcache browse --sample 1000
     """
     from pipeline.browse.pairs import Choice, write_browser
@@ -61,6 +69,7 @@ def command(
         out=out,
         choice=choice,
         answers=answers,
+        policies=policies,
         trust_remote_code=trust_remote_code,
     )
     rest = "" if found.pairs == found.total else f" of {found.total:,} (--split, --limit and --sample choose)"

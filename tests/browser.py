@@ -83,15 +83,15 @@ class Browser:
     def open(self, page: Path, fragment: str = "") -> Visit:
         session = self.call("Target.attachToTarget", targetId=self._link.target(self), flatten=True)["sessionId"]
         visit = self._visits[session] = Visit(self, session)
-        for domain in ("Runtime", "Log", "Network", "Page"):
+        self.call("Page.enable", session)
+        self._go(session, "about:blank")  # where one page serves all, another fragment alone would load nothing
+        for domain in ("Runtime", "Log", "Network"):
             self.call(f"{domain}.enable", session)
         for method in ("Runtime.discardConsoleEntries", "Log.clear"):  # of an earlier page in the same place
             self.call(method, session)
         visit.errors.clear()
         visit.warnings.clear()
-        self.call("Page.navigate", session, url=page.as_uri() + fragment)
-        while session not in self._loaded:
-            self._handle(json.loads(self._link.receive()))
+        self._go(session, page.as_uri() + fragment)
         return visit
 
     def call(self, method: str, session: str | None = None, **params) -> dict:
@@ -110,6 +110,12 @@ class Browser:
 
     def close(self) -> None:
         self._link.close(self)
+
+    def _go(self, session: str, address: str) -> None:
+        self._loaded.discard(session)
+        self.call("Page.navigate", session, url=address)
+        while session not in self._loaded:
+            self._handle(json.loads(self._link.receive()))
 
     def _handle(self, message: dict) -> None:
         session = message.get("sessionId")

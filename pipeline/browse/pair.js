@@ -25,7 +25,7 @@ browse.drawPair = (() => {
       TURNING.test(part) ? element("span", { class: "mark", "data-code": code(part) }, part) : part));
 
   /** The tokens of a response as {text, logps, first}: `first` is the number of the first of its tokens. */
-  const piecesOf = (text, { lengths, logps }) => {
+  const piecesOf = (text, { lengths, logps }, readings) => {
     const pieces = [];
     let at = 0;
     lengths.forEach((length, index) => {
@@ -33,6 +33,11 @@ browse.drawPair = (() => {
       if (length < 0) pieces.at(-1).logps.push(logp);
       else pieces.push({ text: text.slice(at, (at += length)), logps: [logp], first: index });
     });
+    for (const piece of pieces)
+      piece.readings = readings.map(([name, read]) => {
+        const own = read.logps.slice(piece.first, piece.first + piece.logps.length);
+        return [name, own.reduce((a, b) => a + b, 0) / 1000];
+      });
     return pieces;
   };
 
@@ -43,7 +48,9 @@ browse.drawPair = (() => {
     const sum = piece.logps.reduce((a, b) => a + b, 0);
     const value = piece.logps[0] === null ? "no log-prob stored" : `${piece.logps.map((l) => number(l, 3)).join(", ")} nats`;
     const share = piece.logps[0] === null ? "" : `, probability ${Math.exp(sum).toPrecision(2)}`;
-    return `${shown}: ${place} of ${count}, ${value}${share}`;
+    const read = piece.readings.map(([name, logp]) =>
+      `; ${name}: ${number(logp, 3)} nats${piece.logps[0] === null ? "" : `, log-ratio ${number(logp - sum, 3)}`}`);
+    return `${shown}: ${place} of ${count}, ${value}${share}${read.join("")}`;
   };
 
   const tip = element("div", { id: "tip", role: "tooltip", hidden: "" });
@@ -59,8 +66,8 @@ browse.drawPair = (() => {
   };
 
   /** The coloured text, read with the pointer or, once it has the focus, with the arrow keys. */
-  const tokensBox = (side, text, stored) => {
-    const pieces = piecesOf(text, stored);
+  const tokensBox = (side, text, stored, readings) => {
+    const pieces = piecesOf(text, stored, readings);
     const count = stored.lengths.length;
     const reading = element("p", { class: "reading", role: "status" }, "Point at a token, or move here with Tab and use the arrow keys.");
     const box = element("div", { class: "text tokens", tabindex: "0", role: "group", dir: "auto",
@@ -128,7 +135,12 @@ browse.drawPair = (() => {
     const card = element("section", { class: "card", id: side, "aria-label": `${side} response` },
       element("h3", {}, side === "chosen" ? "Chosen" : "Rejected"),
       element("p", { class: stored.logps === null ? "facts missing" : "facts" }, facts.join(" · ")));
-    card.append(...tokensBox(side, pair[side], stored));
+    const readings = Object.entries(pair.tokens.policies).flatMap(([name, sides]) => (sides[side] ? [[name, sides[side]]] : []));
+    for (const [name, read] of readings) {
+      const ratio = stored.sum === null ? "" : `, log-ratio ${number(read.sum - stored.sum)}`;
+      card.append(element("p", { class: "facts policy" }, `${name}: log-prob ${number(read.sum)} nats${ratio}`));
+    }
+    card.append(...tokensBox(side, pair[side], stored, readings));
     for (const [kind, words] of Object.entries(KINDS))
       if (pair.tokens.others[`${side} ${kind}`]) card.append(othersLine(words, pair.tokens.others[`${side} ${kind}`]));
     return card;
@@ -146,6 +158,15 @@ browse.drawPair = (() => {
     return details;
   };
 
+  /** How far each policy moved the margin from the reference's; beta times that is the margin of implicit rewards. */
+  const moved = ({ chosen, rejected, policies }) =>
+    Object.entries(policies).flatMap(([name, read]) => {
+      if (!read.chosen || !read.rejected || chosen.sum === null || rejected.sum === null) return [];
+      const margin = read.chosen.sum - read.rejected.sum;
+      const change = number(margin - (chosen.sum - rejected.sum));
+      return [element("p", { class: "facts policy" }, `${name}: margin ${number(margin)} nats, the reference's and ${change}`)];
+    });
+
   const scale = () => {
     const list = element("ul", { class: "scale", "aria-label": "Log-prob of a token, nats" });
     SCALE.forEach((words, index) => list.append(element("li", {}, element("span", { class: `token s${index}` }, "token"), ` ${words}`)));
@@ -162,7 +183,7 @@ browse.drawPair = (() => {
       element("h3", {}, "Prompt"), data("p", { class: "text", dir: "auto" }, pair.prompt));
     if (pair.tokens.others.prompt) prompt.append(othersLine("Same prompt in {n}", pair.tokens.others.prompt));
     place.replaceChildren(
-      element("h2", {}, `Pair ${facts.id}`), element("p", { class: "facts" }, ...about.flatMap((part) => [data("bdi", {}, part), " · "]), margin), prompt, scale(),
+      element("h2", {}, `Pair ${facts.id}`), element("p", { class: "facts" }, ...about.flatMap((part) => [data("bdi", {}, part), " · "]), margin), ...moved(pair.tokens), prompt, scale(),
       element("div", { class: "responses" }, response("chosen", pair), response("rejected", pair)),
       ...Object.entries(pair.tokens.answers).map(([cell, rows]) => answers(cell, rows)));
   };

@@ -1,11 +1,12 @@
 """Pairs with the reference's log-probs, chosen, measured and written as a folder to look through."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow.parquet as pq
 
@@ -15,6 +16,7 @@ from pipeline.browse.answers import AnswersOfPrompt, read_samples
 from pipeline.browse.duplicates import SIDES, Duplicates, Others
 from pipeline.browse.folder import PAIRS_A_FILE, PageFolder, Row
 from pipeline.browse.pieces import Piece, Splitter, open_splitter, utf16_length
+from pipeline.browse.policies import PolicyLogps, read_policies
 from pipeline.browse.stored import Stored, StoredResponses
 from pipeline.data.tables import ROW_GROUP_ROWS, read_pairs
 from pipeline.errors import RequestError
@@ -52,11 +54,13 @@ def write_browser(
     out: Path,
     choice: Choice,
     answers: Path | None = None,
+    policies: Sequence[Path] = (),
     trust_remote_code: bool = False,
 ) -> Browsed:
     """Write the page and its data into the folder `out`.
 
-    pairs: prepared ones; tokenizer: which encoded them; answers: folder of CELL/samples.parquet. Responses without a
+    pairs: prepared ones; tokenizer: which encoded them; answers: folder of CELL/samples.parquet; policies:
+    folders of trained ones, whose log-probs `evaluate` has kept. Responses without a
     row in the cache are shown without log-probs, and counted. Raises RequestError for a choice without pairs and for
     inputs that do not belong together, and as cache.open_reference.
     """
@@ -67,7 +71,8 @@ def write_browser(
     keys = KeySet(np.concatenate([key_array(shown[f"{side}_key"]) for side in SIDES]))
     cells, samples = ([], {}) if answers is None else read_samples(answers, KeySet(shown["prompt_key"]))
     stored = StoredResponses(pairs, cached, keys)
-    book = _Book(stored, Duplicates(pairs), splitter, samples)
+    read = read_policies(policies, cached.identity, keys)
+    book = _Book(stored, Duplicates(pairs), splitter, samples, read)
     folder = PageFolder(out)
     with progress_bar("browse: pairs", len(shown)) as advance:
         folder.write_pairs(book.rows(_with_texts(pairs, shown), advance))
@@ -94,6 +99,7 @@ def write_browser(
         "reference_id": cached.manifest.reference_id,
         "choice": choice,
         "cells": cells,
+        "policies": {name: len(kept) for name, kept in read.items()},
         "splits": splits,
         "categories": categories,
         **counts,
@@ -134,9 +140,15 @@ class _Book:
     """Makes a pair's entries, and keeps of each what the index has, in `columns`."""
 
     def __init__(
-        self, stored: StoredResponses, duplicates: Duplicates, splitter: Splitter, samples: AnswersOfPrompt
+        self,
+        stored: StoredResponses,
+        duplicates: Duplicates,
+        splitter: Splitter,
+        samples: AnswersOfPrompt,
+        policies: PolicyLogps,
     ) -> None:
-        self._stored, self._duplicates, self._splitter, self._samples = stored, duplicates, splitter, samples
+        self._stored, self._duplicates, self._splitter = stored, duplicates, splitter
+        self._samples, self._policies = samples, policies
         self.columns: dict[str, list[Any]] = {
             name: [] for name in ("margin", "token_margin", "chosen", "rejected", "missing", "marks")
         }
@@ -162,6 +174,16 @@ class _Book:
             },
             "others": {name: found for name, found in others.items() if found.total},
             "answers": self._samples.get(pair["prompt_key"], {}),
+            "policies": {name: self._read_by(name, pair) for name in self._policies},
+        }
+
+    def _read_by(self, policy: str, pair: dict[str, Any]) -> dict[str, Any]:
+        """Of each side that the policy was asked about, its log-probs as those of the reference."""
+        reads = {side: self._policies[policy].get(pair[f"{side}_key"]) for side in SIDES}
+        return {
+            side: {"sum": round(read.total, 4), "logps": _thousandths(read.logps)}
+            for side, read in reads.items()
+            if read
         }
 
     def _others(self, pair: dict[str, Any]) -> dict[str, Others]:
@@ -192,9 +214,14 @@ class _Book:
 def _tokens(stored: Stored, pieces: list[Piece]) -> dict[str, Any]:
     """lengths: UTF-16 units of each token's text, -1 for one that belongs to the piece before. logps: 1/1000 nat."""
     lengths = [length for piece in pieces for length in (utf16_length(piece.text), *[-1] * (piece.tokens - 1))]
-    milli = None if stored.logps is None else np.rint(stored.logps.astype(np.float64) * 1000).astype(int).tolist()
+    milli = None if stored.logps is None else _thousandths(stored.logps)
     total = None if stored.sum_logp is None else round(stored.sum_logp, 4)
     return {"lengths": lengths, "logps": milli, "sum": total, "truncated": stored.truncated}
+
+
+def _thousandths(logps: npt.NDArray[np.float32]) -> list[int]:
+    found: list[int] = np.rint(logps.astype(np.float64) * 1000).astype(int).tolist()
+    return found
 
 
 def _finite(value: float | None) -> float | None:

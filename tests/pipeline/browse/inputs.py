@@ -1,5 +1,6 @@
 """Prepared pairs, a tokenizer that cuts characters apart, and a reference cache with made-up log-probs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +57,7 @@ class Inputs:
         """side: 1 chosen, 2 rejected."""
         return response_key(self.ids(self.pairs[pair][0]), self.ids(self.pairs[pair][side], END))
 
-    def browse(self, choice: Choice = ALL, answers: Path | None = None) -> Browsed:
+    def browse(self, choice: Choice = ALL, answers: Path | None = None, policies: Sequence[Path] = ()) -> Browsed:
         return write_browser(
             pairs=self.root / "pairs",
             reference=self.root / "logps",
@@ -64,6 +65,7 @@ class Inputs:
             out=self.root / "browse",
             choice=choice,
             answers=answers,
+            policies=policies,
         )
 
     def _responses(self, pair: tuple[str, str, str, dict]):

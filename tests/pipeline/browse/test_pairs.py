@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cache import prompt_key
+from cache import Journal, logps_table, prompt_key
 from pipeline.browse.folder import PAIRS_A_FILE, as_script
 from pipeline.browse.pairs import Choice
 from pipeline.errors import RequestError
+from pipeline.model.digests import config_digest, weights_digest
 from pipeline.model.tokenizer import END
 from stages.__main__ import main
+from tests.cache.rows import identity
 from tests.pipeline.browse.inputs import ALL, Inputs, write_samples
+from tests.tiny import write_model
 
 HOSTILE = "</script><!--\u2028\u2029\u202e\"'`\\ é日👩‍🚀\x00\x7f"
 
@@ -194,3 +197,31 @@ def test_the_command_says_what_is_shown_and_what_is_missing(inputs):
     assert run("--split", "dev").exit_code == 2
     assert run("--reference", inputs.root / "absent").exit_code == 2
     assert "absent does not exist" in run("--tokenizer", inputs.root / "absent").stderr
+
+
+def test_log_probs_that_evaluate_kept_of_a_policy_are_found_by_its_weights(inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("REFCACHE_HOME", str(tmp_path / "home"))
+    policy = write_model(tmp_path / "dpo-0")
+    with pytest.raises(RequestError, match="not evaluated against this reference"):
+        inputs.browse(policies=[policy])
+    weights, config = weights_digest(policy), config_digest(policy)
+    own = identity(weights=weights, config=config)
+    asked = [inputs.key(0, 1), inputs.key(1, 2)]
+    given = [np.linspace(-3, -1, len(inputs.logps[key]), dtype=np.float32) for key in asked]
+    texts = [(PAIRS[0][0], PAIRS[0][1]), (PAIRS[1][0], PAIRS[1][2])]
+    with Journal(tmp_path / "home/answers" / own.reference_id / "logps") as journal:
+        journal.append(
+            logps_table(
+                response_keys=asked,
+                prompt_keys=[prompt_key(inputs.ids(prompt)) for prompt, _ in texts],
+                n_prompt_tokens=[len(inputs.ids(prompt)) for prompt, _ in texts],
+                token_ids=[inputs.ids(response, END) for _, response in texts],
+                token_logps=given,
+            )
+        )
+    inputs.browse(policies=[policy])
+    first, second, third, *_ = [pair["policies"]["dpo-0"] for pair in pairs_of(inputs, "tokens")]
+    assert (list(first), list(second), third) == (["chosen"], ["rejected"], {})
+    assert first["chosen"]["sum"] == pytest.approx(given[0].astype(np.float64).sum(), abs=1e-4)
+    assert second["rejected"]["logps"] == pytest.approx(given[1].astype(np.float64) * 1000, abs=0.51)
+    assert "dpo-0 (2 of these responses)" in (inputs.root / "browse/index.html").read_text()
