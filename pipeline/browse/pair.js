@@ -164,7 +164,7 @@ browse.drawPair = (() => {
       if (!read.chosen || !read.rejected || chosen.sum === null || rejected.sum === null) return [];
       const margin = read.chosen.sum - read.rejected.sum;
       const change = number(margin - (chosen.sum - rejected.sum));
-      return [element("p", { class: "facts policy" }, `${name}: margin ${number(margin)} nats, the reference's and ${change}`)];
+      return [element("p", { class: "facts policy" }, `${name}: margin ${number(margin)} nats, change ${change}`)];
     });
 
   const scale = () => {
