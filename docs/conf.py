@@ -36,6 +36,7 @@ NAV: dict[str, list[tuple[str | None, str]]] = {
     ],
     "The cache": [
         ("From Python", "docs/api"),
+        ("A page to look through", "docs/browse"),
         ("Formats", "docs/cache-format"),
         ("Sharing", "docs/sharing"),
         ("Numerics", "docs/numerics"),

@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "Compare policies with the reference on held-out pairs.",
     "report": "Collect all variants into tables, curves and one HTML page.",
     "inspect": "Show what a reference cache holds.",
+    "browse": "Write pairs and their token log-probs as pages to look through.",
     "sketch-report": "Say whether the sketches are large enough.",
     "verify": "Check a reference cache for damage, and repair it.",
     "why-miss": "Say which rows `score` or `sketch` would compute, and why.",

@@ -30,6 +30,7 @@ ARROWS = {
     "sketches": "params model trainable forward",
     "auxdpo": "params objectives model trainable forward data",
     "engine": "params model forward sketches",
+    "browse": "data model.tokenizer policies.identity report",
     "training": "params objectives model trainable forward data tokens auxdpo",
     "cluster": "params model sketches engine",
     "reference": "params model forward data tokens sketches engine cluster",

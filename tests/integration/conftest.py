@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.browser import start_browser
 from tests.integration import kills
 from tests.integration.trainings import Nursery
 from tests.tiny import write_model, write_pairs, write_reference_cache
@@ -37,3 +38,10 @@ def phase_one(tmp_path_factory):
 def one_rank(nursery, phase_one, tmp_path_factory):
     """Nine steps that nobody disturbs, with checkpoints after the third and sixth."""
     return nursery.train(phase_one, tmp_path_factory.mktemp("one-rank"), evaluate_every=4, evaluate_pairs=11)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    running = start_browser(tmp_path_factory.mktemp("profile"))
+    yield running
+    running.close()

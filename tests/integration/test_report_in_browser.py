@@ -1,27 +1,14 @@
 """The report's page and the template of `dvc plots` in a real browser without a network: drawn, silent, inert."""
 
-import fcntl
-import itertools
-import json
-import os
-import select
-import shutil
-import subprocess
-import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from pipeline.report.vega import write_plots_page
+from tests.browser import Visit, needs_browser, press
 from tests.pipeline.report.inputs import answer_row, change_json, report, write_answers, write_inputs, write_scores
 
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-EXECUTABLE = next(filter(None, map(shutil.which, BROWSERS)), None)
-pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason=f"none of {', '.join(BROWSERS)} is installed")
-
-TIMEOUT = 60  # seconds for one answer of the browser
+pytestmark = needs_browser
 
 # Marks with an extent: a line of at least one segment, a dot, a rule that is longer than nothing.
 MARKS = """
@@ -31,125 +18,6 @@ MARKS = """
   return [box.id, box.querySelector("svg") ? drawn.length : -1];
 })
 """
-
-
-@dataclass
-class Visit:
-    """One opened page: what it complained about, what it asked for, and how to ask it."""
-
-    browser: "Browser"
-    session: str
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-
-    def evaluate(self, expression: str):
-        options = {"expression": expression, "awaitPromise": True, "returnByValue": True}
-        answer = self.browser.call("Runtime.evaluate", self.session, **options)
-        if "exceptionDetails" in answer:
-            raise RuntimeError(answer["exceptionDetails"]["exception"].get("description", "exception"))
-        return answer["result"].get("value")
-
-    def wait_until(self, condition: str) -> None:
-        """Until a JavaScript expression is true; it is looked at whenever the page changes."""
-        self.evaluate(
-            f"new Promise((resume) => {{ const look = () => {{ if ({condition}) resume(); }}; look();"
-            "new MutationObserver(look).observe(document, { attributes: true, childList: true, subtree: true }); })"
-        )
-
-    def note(self, method: str, event: dict) -> None:
-        if method == "Runtime.exceptionThrown":
-            self.errors.append(event["exceptionDetails"]["exception"].get("description", "exception"))
-        elif method == "Runtime.consoleAPICalled":
-            text = " ".join(str(part.get("value", part)) for part in event["args"])
-            self._sort(event["type"]).append(text)
-        elif method == "Log.entryAdded":
-            self._sort(event["entry"]["level"]).append(event["entry"]["text"])
-        elif method == "Network.requestWillBeSent" and not event["request"]["url"].startswith("data:"):
-            self.requests.append(event["request"]["url"])
-
-    def _sort(self, level: str) -> list[str]:
-        return {"error": self.errors, "assert": self.errors, "warning": self.warnings}.get(level, [])
-
-
-class Browser:
-    """Headless Chromium over the DevTools protocol's pipe: JSON messages, each ended by a zero byte."""
-
-    def __init__(self, executable: str, profile: Path) -> None:
-        theirs_in, self._out = os.pipe()
-        self._in, theirs_out = os.pipe()
-        # Chromium reads descriptor 3 and writes 4; from high numbers, moving them there overwrites neither.
-        high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 20) for descriptor in (theirs_in, theirs_out)]
-        launch = f"import os, sys; os.dup2({high[0]}, 3); os.dup2({high[1]}, 4); os.execv(sys.argv[1], sys.argv[1:])"
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
-        flags += ["--host-resolver-rules=MAP * ~NOTFOUND", "--no-first-run", "--disable-background-networking"]
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", launch, executable, *flags, "about:blank"],
-            pass_fds=high,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for descriptor in (theirs_in, theirs_out, *high):
-            os.close(descriptor)
-        self._numbers = itertools.count(1)
-        self._buffer = b""
-        self._visits: dict[str, Visit] = {}
-        self._loaded: set[str] = set()
-
-    def open(self, page: Path) -> Visit:
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        visit = self._visits[session] = Visit(self, session)
-        for domain in ("Runtime", "Log", "Network", "Page"):
-            self.call(f"{domain}.enable", session)
-        self.call("Page.navigate", session, url=page.as_uri())
-        while session not in self._loaded:
-            self._handle(self._read())
-        return visit
-
-    def call(self, method: str, session: str | None = None, **params) -> dict:
-        number = next(self._numbers)
-        message = {"id": number, "method": method, "params": params} | ({"sessionId": session} if session else {})
-        os.write(self._out, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._read()
-            if answer.get("id") == number:
-                assert "error" not in answer, f"{method}: {answer['error']}"
-                return answer["result"]
-            self._handle(answer)
-
-    def close(self) -> None:
-        try:
-            self.call("Browser.close")
-            self._process.wait(TIMEOUT)
-        finally:
-            self._process.kill()
-            os.close(self._in)
-            os.close(self._out)
-
-    def _handle(self, message: dict) -> None:
-        session = message.get("sessionId")
-        if message.get("method") == "Page.loadEventFired":
-            self._loaded.add(session)
-        if session in self._visits and "method" in message:
-            self._visits[session].note(message["method"], message["params"])
-
-    def _read(self) -> dict:
-        deadline = time.monotonic() + TIMEOUT
-        while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._in], [], [], max(0, deadline - time.monotonic()))
-            chunk = os.read(self._in, 1 << 16) if ready else b""
-            assert chunk, f"the browser gave no answer within {TIMEOUT} s, or ended"
-            self._buffer += chunk
-        message, _, self._buffer = self._buffer.partition(b"\0")
-        return json.loads(message)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    running = Browser(EXECUTABLE, tmp_path_factory.mktemp("profile"))
-    yield running
-    running.close()
 
 
 @pytest.fixture(scope="module")
@@ -283,12 +151,6 @@ def test_charts_of_tasks_are_drawn_and_hidden_with_their_variant(browser, scored
     assert visit.evaluate(dashed) == 1  # the reference stays
 
 
-def press(browser, visit, key: str, code: int, text: str = "") -> None:
-    for kind in ("keyDown", "keyUp"):
-        named = {"key": key, "code": key, "windowsVirtualKeyCode": code} | ({"text": text} if kind == "keyDown" else {})
-        browser.call("Input.dispatchKeyEvent", visit.session, type=kind, **named)
-
-
 def test_tasks_are_sorted_from_the_keyboard_and_say_so(browser, scored):
     visit = browser.open(scored)
     head = "[...document.querySelectorAll('#tasks thead th')].find((th) => th.textContent == 'bdpo')"
@@ -339,7 +201,7 @@ def test_answers_are_ordered_bounded_and_searched(browser, scored):
 def test_a_table_is_copied_as_the_file_has_it(browser, scored):
     visit = browser.open(scored)
     visit.evaluate("document.querySelector('#paper details').open = true")
-    browser.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    browser.allow_clipboard()
     browser.call("Page.bringToFront", visit.session)
     visit.evaluate("document.querySelector('[data-of=paste-latex]').focus()")
     press(browser, visit, "Enter", 13, "\r")
