@@ -107,10 +107,10 @@ def total(values: Iterable[Any]) -> float | None:
 
 
 def show_hyperparameters(values: Any) -> str:
-    """beta 0.1, mixture 0.5"""
+    """beta 0.1, mixture 0.5; those that are None are left out."""
     if not isinstance(values, Mapping) or not values:
         return DASH
-    return ", ".join(f"{name} {show_value(value)}" for name, value in values.items())
+    return ", ".join(f"{name} {show_value(value)}" for name, value in values.items() if value is not None)
 
 
 def show_trained(figures: Any) -> str:
