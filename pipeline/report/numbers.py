@@ -113,6 +113,17 @@ def show_hyperparameters(values: Any) -> str:
     return ", ".join(f"{name} {show_value(value)}" for name, value in values.items() if value is not None)
 
 
+def show_null_weight(statistics: Mapping[str, Any]) -> str:
+    """AuxDPO's weight in effect in both units, or that it is of a time when its one name meant the absolute one."""
+    given, training = statistics.get("hyperparameters") or {}, statistics.get("training") or {}
+    told = [(training.get(f"offsets/{name}") or {}).get("mean") for name in ("null_weight", "null_weight_absolute")]
+    if all(_is_number(weight) for weight in told):
+        return f" (null_weight {told[0]:.4g} is {told[1]:.4g} absolute)"
+    if "null_weight" in given and "null_weight_absolute" not in given:
+        return " (of an earlier version: null_weight is absolute)"
+    return ""
+
+
 def show_trained(figures: Any) -> str:
     """What trained of a model, by train.json's figures: 4,096 of 105,472 parameters (3.88 %): q_proj ×2, v_proj ×2"""
     if not isinstance(figures, Mapping) or not _is_number(figures.get("trained_parameters")):
@@ -150,6 +161,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "interval": show_interval,
     "points": show_points,
     "hyperparameters": show_hyperparameters,
+    "null_weight": show_null_weight,
     "trained": show_trained,
     "value": show_value,
 }
