@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @click.command("constraint")
 @click.option("--variant", required=True, help="Name under train.variants.")
 @path_option("--sketches", "Gradient sketches from sketch.")
-@path_option("--out", "JSON file to write: the sketches' digest, or null.")
+@path_option("--out", "JSON file to write: the sketches' digest, or null, and what null_weight counts in.")
 @params_options
 def command(params: "Params", variant: str, sketches: Path, out: Path) -> None:
     """Write which sketches a variant trains with: for most, none.

@@ -16,9 +16,15 @@ from stages.tables import Table, echo_tables, show
     "null_weights",
     type=click.FloatRange(min=0, min_open=True),
     multiple=True,
-    default=(1.0,),
-    show_default=True,
-    help="Weight of AuxDPO's constraint; repeatable. Suggestions are for the largest.",
+    help="Weight of AuxDPO's constraint in m / (4 mean ||g||^2); repeatable. Suggestions are for the largest.  "
+    "[default: 20, if no other is named]",
+)
+@click.option(
+    "--null-weight-absolute",
+    "absolute",
+    type=click.FloatRange(min=0, min_open=True),
+    multiple=True,
+    help="The same as the factor itself; repeatable.",
 )
 @click.option(
     "--ridge", type=click.FloatRange(min=0), default=0.0, show_default=True, help="AuxDPO's ridge on the offsets."
@@ -41,6 +47,7 @@ from stages.tables import Table, echo_tables, show
 def command(
     path: Path,
     null_weights: tuple[float, ...],
+    absolute: tuple[float, ...],
     ridge: float,
     rows: int,
     seed: int,
@@ -63,15 +70,18 @@ def command(
     \b
     Example:
       refcache sketch-report data/reference/sketches
-      refcache sketch-report data/reference/sketches --null-weight 1 --null-weight 100 --out results/sketch/report.json
+      refcache sketch-report data/reference/sketches --null-weight 1 --null-weight 20 --out results/sketch/report.json
       refcache sketch-report data/reference/sketches --offsets models/policies/auxdpo-0/offsets.parquet --exact
     """
     if exact and offsets is None:
         raise click.UsageError("--exact measures trained offsets; name their file with --offsets.")
     from pipeline.files import write_json
+    from pipeline.params import AuxDPO
     from pipeline.upkeep.sketch_report import report_sketches
 
-    found = report_sketches(path, null_weights=null_weights, ridge=ridge, rows=rows, seed=seed)
+    if not null_weights and not absolute:
+        null_weights = (AuxDPO(objective="auxdpo").null_weight or 0.0,)
+    found = report_sketches(path, null_weights=null_weights, absolute=absolute, ridge=ridge, rows=rows, seed=seed)
     if offsets is not None:
         from pipeline.upkeep.offset_report import report_offsets  # torch, which the rest does without
 
@@ -91,7 +101,8 @@ def command(
     echo_tables(list(_tables(found)))
     suggested = found["suggested"]
     click.echo(
-        f"Suggested for null_weight {found['penalties'][-1]['null_weight']:g}: sketch.k {suggested['k']:,} a group; a "
+        f"Suggested for null_weight {found['penalties'][-1]['null_weight']:.4g} "
+        f"({found['penalties'][-1]['null_weight_absolute']:.4g} absolute): sketch.k {suggested['k']:,} a group; a "
         f"projection of rank {suggested['rank']:,}."
     )
     for warning in found["warnings"]:
@@ -111,6 +122,7 @@ def _tables(found: dict[str, Any]) -> list[Table]:
     }
     names = {
         "null_weight": "null_weight",
+        "null_weight_absolute": "absolute",
         "mu": "mu",
         "dimension_of_sketch": "of the sketch",
         "dimension": "effective dimension",
@@ -140,6 +152,7 @@ _OFFSETS = {
     "responses": "responses",
     "constraint": "constraint in training",
     "null_weight": "null_weight",
+    "null_weight_absolute": "null_weight_absolute",
     "weights": "weights",
     "centred": "centred",
     "rms": "rms",

@@ -88,7 +88,14 @@ def command(
         trust_remote_code=params.model.trust_remote_code,
     )
     if summary:  # empty where another process is rank 0
-        click.echo(f"train: {variant}-{seed}: trained {show_trained(summary)}")
+        click.echo(f"train: {variant}-{seed}: trained {show_trained(summary)}{_weight(summary.get('offsets', {}))}")
+
+
+def _weight(offsets: dict[str, float]) -> str:
+    """Of AuxDPO's penalty, in both units: the same number has meant either."""
+    names = ("null_weight", "null_weight_absolute")
+    told = [f"{name} {offsets[name]:.4g}" for name in names if name in offsets]
+    return f"; offsets held by {', '.join(told)}" if told else ""
 
 
 def _lines(plan: "MemoryPlan", stage_bytes: int) -> list[str]:

@@ -6,8 +6,10 @@ same numbers, whatever the number of ranks and ZeRO's stage. The penalty's produ
 ranks in this way too.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +39,7 @@ class Offsets:
     keys: (m,), the responses; prompts: (m,), the number of each one's prompt. sides: (pairs, 2), which of them are
     chosen and rejected in each training pair. share, rows: the sketches that this rank holds, and of which responses
     they are; the ranks' shares together are all m.
+    mean_square: mean ||g_j||^2, as `mean_squared_norm` takes it, the same on all ranks.
     sum_over_ranks: adds a tensor over all ranks, in place, and returns it. projection: for constraint "projection".
     """
 
@@ -49,6 +52,7 @@ class Offsets:
         rows: slice,
         params: AuxDPO,
         *,
+        mean_square: float,
         sum_over_ranks: Callable[[Tensor], Tensor],
         projection: Projection | None = None,
     ) -> None:
@@ -58,6 +62,8 @@ class Offsets:
         self.prompts, self.sides = prompts.to(self.device), sides.to(self.device)
         self.weights = response_weights(sides, len(keys), params).to(self.device)
         self.values = torch.zeros(len(keys), device=self.device)
+        self._mean_square = mean_square
+        self.null_weights = self._null_weights(self.weights)
         self._share, self._rows, self._projection = share, rows, projection
         self._mine = torch.arange(len(keys), device=self.device)[rows]
         self._sum_over_ranks = sum_over_ranks
@@ -99,12 +105,16 @@ class Offsets:
         RunFailed when offsets are no longer finite.
         """
         params, row = self.params, {"offsets/rms": float(self.values.square().mean().sqrt())}
+        weight = self.null_weights.absolute
         if params.constraint == "penalty":
-            row["offsets/penalty"] = self._add_penalty(self._share, self._mine, self.weights)
+            row["offsets/penalty"] = self._add_penalty(self._share, self._mine, self.weights, weight)
         elif params.constraint == "batch":
             touched, coefficients = self._of_batch(batch)
             share = self._share.select(touched - self._rows.start)
-            row["offsets/batch_penalty"] = self._add_penalty(share, touched, coefficients)
+            weight = self._null_weights(coefficients).absolute
+            row["offsets/batch_penalty"] = self._add_penalty(share, touched, coefficients, weight)
+            if params.null_weight is not None:
+                row["offsets/null_weight_absolute"] = weight  # another one for each batch
         gradient = self._sum_over_ranks(self._gradient).float() + 2 * params.ridge * self.weights * self.values
         self.values.grad = gradient if self._projection is None else self._projection(gradient)
         self._adam.param_groups[0]["lr"] = factor * params.offset_learning_rate
@@ -114,19 +124,23 @@ class Offsets:
         self._gradient.zero_()
         if not torch.isfinite(self.values).all():
             raise RunFailed(
-                "AuxDPO's offsets became NaN or inf. Lower offset_learning_rate or null_weight and run again."
+                "AuxDPO's offsets became NaN or inf. Lower offset_learning_rate or "
+                f"{'null_weight' if params.null_weight_absolute is None else 'null_weight_absolute'} and run again."
             )
         return row
 
-    def _add_penalty(self, share: SketchedGradients, responses: Tensor, coefficients: Tensor) -> float:
-        """Add this rank's part of the gradient of null_weight * ||sum_j c_j delta_j S g_j||^2; returns the square.
+    def _null_weights(self, coefficients: Tensor) -> "NullWeights":
+        return null_weights(self.params, penalty_unit(coefficients, self._mean_square))
+
+    def _add_penalty(self, share: SketchedGradients, responses: Tensor, coefficients: Tensor, weight: float) -> float:
+        """Add this rank's part of the gradient of weight * ||sum_j c_j delta_j S g_j||^2; returns the square.
 
         delta is centred if that is wanted. responses: those of `share`, (n,). coefficients: c of all responses, (m,).
         """
         mine = coefficients[responses]
         penalty, slope = share.penalty(mine * self._centred(coefficients)[responses], self._sum_over_ranks)
         gradient = torch.zeros_like(self._gradient)
-        gradient[responses] = (self.params.null_weight * mine * slope).double()
+        gradient[responses] = (weight * mine * slope).double()
         if self.params.centred:
             sums = torch.zeros_like(gradient).index_add_(0, self.prompts, gradient)
             gradient -= prompt_shares(coefficients, self.prompts) * sums[self.prompts]
@@ -158,10 +172,11 @@ class Offsets:
     def summary(self) -> dict[str, float]:
         """What the offsets are at the end. Collective.
 
-        margins: mean delta_w - delta_l over the training pairs. penalty: ||sum_j w_j delta_j S g_j||^2 by the sketch
-        they were fitted to, centred if that is wanted; penalty_audit: by the other one, which is honest. null_ratio:
-        penalty over what it would be if all gradients were orthogonal; 0 in the null space, about 1 for offsets that
-        know nothing of gradients.
+        null_weight, null_weight_absolute: the penalty's weight in effect, in both units; for constraint "batch" only
+        the one that was given. margins: mean delta_w - delta_l over the training pairs. penalty: ||sum_j w_j delta_j S
+        g_j||^2 by the sketch they were fitted to, centred if that is wanted; penalty_audit: by the other one, which is
+        honest. null_ratio: penalty over what it would be if all gradients were orthogonal; 0 in the null space, about 1
+        for offsets that know nothing of gradients.
         """
         weighted = self.coefficients()[self._rows]
         sketched, audited = self._share.combine(weighted), weighted @ self._share.audit
@@ -174,6 +189,7 @@ class Offsets:
         values = self.values.double().cpu().numpy()
         return {
             "responses": len(values),
+            **self._told_weights(),
             "margins": float(np.mean(values[self.sides.cpu().numpy()] @ (1.0, -1.0))),
             "norm": float(np.linalg.norm(values)),
             "rms": float(np.sqrt(np.mean(values**2))),
@@ -182,6 +198,12 @@ class Offsets:
             "penalty_audit": audit,
             "null_ratio": penalty / orthogonal if orthogonal else 0.0,
         }
+
+    def _told_weights(self) -> dict[str, float]:
+        found = {"null_weight": self.null_weights.relative, "null_weight_absolute": self.null_weights.absolute}
+        if self.params.constraint == "batch":
+            return {name: weight for name, weight in found.items() if getattr(self.params, name) is not None}
+        return found if self.params.constraint == "penalty" else {}
 
     def save(self, folder: Path) -> Path:
         """Write all that a resumed run needs; returns the file."""
@@ -212,6 +234,37 @@ def response_weights(sides: Tensor, responses: int, params: AuxDPO) -> Tensor:
     if params.weights == "responses":
         counts = counts.clamp(max=1)
     return (counts.double() / counts.sum()).float()
+
+
+class NullWeights(NamedTuple):
+    """The penalty's weight: `relative` in units of `penalty_unit`, `absolute` as it multiplies the penalty."""
+
+    relative: float
+    absolute: float
+
+
+def null_weights(params: AuxDPO, unit: float) -> NullWeights:
+    if params.null_weight is not None:
+        return NullWeights(params.null_weight, params.null_weight * unit)
+    assert params.null_weight_absolute is not None
+    return NullWeights(params.null_weight_absolute / unit, params.null_weight_absolute)
+
+
+def penalty_unit(weights: Tensor, mean_square: float) -> float:
+    """1 / (4 sum_j w_j^2 mean ||g||^2): m / (4 mean ||g||^2) where m responses weigh the same.
+
+    With this weight the penalty bends by offsets as much as the mean loss can, on average over directions: the traces
+    of the second derivatives are 2 weight sum_j w_j^2 ||g_j||^2, and at most 2/4 however many pairs there are.
+    weights: (m,), with sum 1. inf where no gradient is longer than zero, and nothing is penalised.
+    """
+    curvature = 4 * float(weights.double().square().sum()) * mean_square
+    return 1 / curvature if curvature else math.inf
+
+
+def mean_squared_norm(norms: Tensor, weights: Tensor) -> float:
+    """sum_j w_j^2 ||g_j||^2 / sum_j w_j^2, a plain mean where all weigh the same; both (m,), norms not squared."""
+    squares = weights.double().square()
+    return float((squares * norms.double().square()).sum() / squares.sum())
 
 
 def prompt_shares(weights: Tensor, prompts: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from cache import CacheMismatch, KeySet, Sketches, open_sketches
 from cache.identity import require_identity
 from cache.key_set import KeyArray, key_array
 from pipeline.auxdpo.nullspace import Projection, SketchedGradients, load_gradients
-from pipeline.auxdpo.offsets import Offsets, prompt_shares, response_weights
+from pipeline.auxdpo.offsets import Offsets, mean_squared_norm, prompt_shares, response_weights
 from pipeline.auxdpo.requirements import pair_responses, require_responses
 from pipeline.data.tables import PAIR_SIDES
 from pipeline.errors import RequestError
@@ -51,6 +51,7 @@ def open_offsets(path: Path, pairs: pl.DataFrame, groups: np.ndarray, params: Au
     """Offsets of the responses of these pairs, zero, on this rank's device. Collective.
 
     pairs: a table of PAIR_SIDES, in the order in which batches number them; groups: a number for each one's prompt.
+    Raises RequestError where no gradient is longer than zero and null_weight needs one.
     """
     sketches = open_sketches(path, expect=None)
     responses = pair_responses(pairs)
@@ -58,9 +59,8 @@ def open_offsets(path: Path, pairs: pl.DataFrame, groups: np.ndarray, params: Au
     prompts = torch.empty(len(responses), dtype=torch.int64)
     prompts[sides] = torch.from_numpy(np.unique(groups, return_inverse=True)[1])[:, None]
     rows = rank_slice(ranks.rank, ranks.ranks, len(responses))
-    projection = None
+    weights, projection = response_weights(sides, len(responses), params), None
     if params.constraint == "projection":
-        weights = response_weights(sides, len(responses), params)
         projection = _common_projection(sketches, responses, weights, prompts, params, ranks)
     return Offsets(
         responses.array,
@@ -69,9 +69,23 @@ def open_offsets(path: Path, pairs: pl.DataFrame, groups: np.ndarray, params: Au
         _load(sketches, responses.array[rows], ranks.device),
         rows,
         params,
+        mean_square=_mean_square(sketches, responses, weights, params),
         sum_over_ranks=ranks.sum_over_ranks,
         projection=projection,
     )
+
+
+def _mean_square(sketches: Sketches, responses: KeySet, weights: Tensor, params: AuxDPO) -> float:
+    """Of the exact norms that are stored beside the sketches; the same on every rank."""
+    norms = torch.tensor(sketches.rows(responses.array, ["grad_norm"])["grad_norm"].to_numpy())
+    found = mean_squared_norm(norms, weights)
+    if not found and params.constraint != "projection" and params.null_weight is not None:
+        raise RequestError(
+            f"{sketches.path}: the reference's gradients are zero for all {len(responses):,} training responses, so "
+            f"null_weight {params.null_weight:g} has no unit and the constraint would hold nothing. Choose a "
+            "`trainable` that the log-probs depend on and run `dvc repro sketch`."
+        )
+    return found
 
 
 def planned_bytes(path: Path | None, pairs: pl.DataFrame, params: AuxDPO, ranks: int) -> dict[str, int]:

@@ -16,6 +16,8 @@ from pipeline.errors import RequestError
 from pipeline.files import write_json
 from pipeline.params import AnyVariant, AuxDPO, Trainable
 
+NULL_WEIGHT_UNIT = "in m / (4 mean ||g||^2)"
+
 
 def open_fitting(path: Path | None, *, weights: str, config: str, trainable: Trainable) -> Sketches:
     """The sketches in `path`, if they are gradients of the model with these digests over what `trainable` names.
@@ -81,7 +83,10 @@ def pair_responses(pairs: pl.DataFrame) -> KeySet:
 
 
 def write_stamp(variant: str, objective: AnyVariant, sketches: Path, out: Path) -> dict[str, Any]:
-    """Write what `objective` reads of the sketches to `out`: their manifest's digest, or null; returns the content.
+    """Write what `objective` makes of the sketches to `out`: their manifest's digest, or null; returns the content.
+
+    The norms that a null_weight is measured by are part of the digest. What it is measured in stands beside it, so that
+    a policy of a time when the same number meant something else trains anew.
 
     Raises RequestError where it needs sketches and there are none.
     """
@@ -89,5 +94,7 @@ def write_stamp(variant: str, objective: AnyVariant, sketches: Path, out: Path) 
     if objective.needs_sketches:
         _open_filled(sketches, f"variant {variant} ({objective.objective})")
         content["sketches"] = file_digest(sketches / MANIFEST)
+    if isinstance(objective, AuxDPO) and objective.null_weight is not None:
+        content["null_weight"] = NULL_WEIGHT_UNIT
     write_json(out, content)
     return content

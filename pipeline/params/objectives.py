@@ -4,13 +4,14 @@ The fields of a class below, less `objective` and `settings`, are the keyword ar
 name in pipeline/objectives (a test keeps the two in step).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.params.ranges import INFINITY, Interval
 
 Beta = Annotated[float, AfterValidator(Interval(0, INFINITY))]
+Weight = Annotated[float, AfterValidator(Interval(0, INFINITY))]
 AtLeastZero = Annotated[float, AfterValidator(Interval(0, INFINITY, "[)"))]
 FlippedShare = Annotated[float, AfterValidator(Interval(0, 0.5, "[)"))]
 Exponent = Annotated[float, AfterValidator(Interval(0, 2, "[]"))]
@@ -318,16 +319,44 @@ class KTO(_Scaled):
 
 
 class AuxDPO(_Scaled):
-    """No function of log-probs alone: its offsets train beside the policy (pipeline/auxdpo/offsets.py)."""
+    """No function of log-probs alone: its offsets train beside the policy (pipeline/auxdpo/offsets.py).
+
+    Of null_weight and null_weight_absolute one is a number and the other None.
+    """
 
     objective: Literal["auxdpo"]
     constraint: Literal["penalty", "projection", "batch"] = "penalty"
-    null_weight: Annotated[float, AfterValidator(Interval(0, INFINITY))] = 1.0  # at 0 offsets fit the labels alone
+    null_weight: Weight | None = 20.0  # in m / (4 mean ||g||^2), docs/auxdpo.md; at 0 offsets fit the labels alone
+    null_weight_absolute: Weight | None = None  # instead: the factor itself, in whatever scale the gradients have
     ridge: AtLeastZero = 0.0
     rank: Annotated[int, Field(ge=1)] = 256  # read for constraint: projection
     weights: Literal["responses", "sides"] = "responses"  # of the null space: a response once, or once a pair side
     centred: bool = True  # offsets enter the constraint less their prompt's mean, which no margin sees
-    offset_learning_rate: Annotated[float, AfterValidator(Interval(0, INFINITY))] = 0.02
+    offset_learning_rate: Weight = 0.02
+
+    @model_validator(mode="before")
+    @classmethod
+    def take_one_weight(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        names = ("null_weight", "null_weight_absolute")
+        given = {name: raw[name] for name in names if raw.get(name) is not None}
+        if len(given) == len(names):
+            raise ValueError(
+                f"null_weight {given['null_weight']} and null_weight_absolute {given['null_weight_absolute']} are both "
+                "given, expected one of them: null_weight counts in m / (4 mean ||g||^2), null_weight_absolute is the "
+                "factor itself. Set the other to null or leave it out"
+            )
+        others = {name: value for name, value in raw.items() if name not in names}
+        return others | ({"null_weight": None} | given if given else {})
+
+    @classmethod
+    def from_record(cls, hyperparameters: dict[str, Any]) -> Self:
+        """From train.json. Records without null_weight_absolute are older than it: there null_weight meant that."""
+        found = dict(hyperparameters)
+        if "null_weight_absolute" not in found and "null_weight" in found:
+            found["null_weight_absolute"] = found.pop("null_weight")
+        return cls.model_validate({"objective": "auxdpo"} | found)
 
     @property
     def needs_sketches(self) -> bool:

@@ -107,10 +107,21 @@ def total(values: Iterable[Any]) -> float | None:
 
 
 def show_hyperparameters(values: Any) -> str:
-    """beta 0.1, mixture 0.5"""
+    """beta 0.1, mixture 0.5; those that are None are left out."""
     if not isinstance(values, Mapping) or not values:
         return DASH
-    return ", ".join(f"{name} {show_value(value)}" for name, value in values.items())
+    return ", ".join(f"{name} {show_value(value)}" for name, value in values.items() if value is not None)
+
+
+def show_null_weight(statistics: Mapping[str, Any]) -> str:
+    """AuxDPO's weight in effect in both units, or that it is of a time when its one name meant the absolute one."""
+    given, training = statistics.get("hyperparameters") or {}, statistics.get("training") or {}
+    told = [(training.get(f"offsets/{name}") or {}).get("mean") for name in ("null_weight", "null_weight_absolute")]
+    if all(_is_number(weight) for weight in told):
+        return f" (null_weight {told[0]:.4g} is {told[1]:.4g} absolute)"
+    if "null_weight" in given and "null_weight_absolute" not in given:
+        return " (of an earlier version: null_weight is absolute)"
+    return ""
 
 
 def show_trained(figures: Any) -> str:
@@ -150,6 +161,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "interval": show_interval,
     "points": show_points,
     "hyperparameters": show_hyperparameters,
+    "null_weight": show_null_weight,
     "trained": show_trained,
     "value": show_value,
 }

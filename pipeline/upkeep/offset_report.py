@@ -27,6 +27,7 @@ from pipeline.progress import activity, progress_bar
 from pipeline.trainable.selection import select_trainable
 
 BATCH_TOKENS = 4096  # of prompts and responses in one backward, padding included
+WEIGHTS = ("null_weight", "null_weight_absolute")  # in effect where a penalty held the offsets, else as given
 SAME = 0.01  # relative difference from what training recorded that sketches, pairs and offsets of that run can have
 
 
@@ -54,13 +55,14 @@ def report_offsets(
     for sketches of another model or `trainable` than that of the run.
     """
     record = _read_record(trained)
-    params = AuxDPO.model_validate({"objective": "auxdpo"} | record["hyperparameters"])
+    params = AuxDPO.from_record(record["hyperparameters"])
     found = _load(sketches, offsets, pairs, params)
     summary = found.summary()
     names = ("responses", "rms", "penalty", "penalty_audit", "null_ratio")
     content = {
         "path": str(offsets),
-        **{name: getattr(params, name) for name in ("constraint", "null_weight", "weights", "centred")},
+        **{name: getattr(params, name) for name in ("constraint", "weights", "centred", *WEIGHTS)},
+        **({name: summary[name] for name in WEIGHTS} if params.constraint == "penalty" else {}),
         **{name: summary[name] for name in names},
         "penalty_recorded": record.get("offsets", {}).get("penalty"),
         "penalty_exact": None,

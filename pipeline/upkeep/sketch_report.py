@@ -43,14 +43,21 @@ class _Rows(NamedTuple):
 
 
 def report_sketches(
-    path: Path, *, null_weights: Sequence[float], ridge: float = 0.0, rows: int = 2048, seed: int = 0
+    path: Path,
+    *,
+    null_weights: Sequence[float] = (),
+    absolute: Sequence[float] = (),
+    ridge: float = 0.0,
+    rows: int = 2048,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Spectrum, effective dimensions, errors and suggestions for the sketches in folder `path`, ready for JSON.
 
-    null_weights, ridge: of AuxDPO's loss (docs/auxdpo.md). Above `rows` rows a sample of that many is used: keys are
-    digests, so the run of keys from a place that `seed` determines is as good as drawn. Takes 8 rows^2 bytes four times
-    over, and time with the cube of the rows. Raises as `cache.open_sketches`, and RequestError for an empty publication
-    and for more than MOST_ROWS rows.
+    null_weights, absolute (null_weight_absolute; at least one number in the two), ridge: of AuxDPO's loss
+    (docs/auxdpo.md), as if every row were a response of the training pairs. Above `rows` rows a sample of that many is
+    used: keys are digests, so the run of keys from a place that `seed` determines is as good as drawn. Takes 8 rows^2
+    bytes four times over, and time with the cube of the rows. Raises as `cache.open_sketches`, and RequestError for an
+    empty publication, for gradients of zero alone and for more than MOST_ROWS rows.
     """
     if not 2 <= rows <= MOST_ROWS:
         raise RequestError(
@@ -66,7 +73,9 @@ def report_sketches(
     found = _read(sketches, chosen)
     spectrum = decompose(found.gram, found.audit)
     numbers = effective_numbers(sketches.identity, found.energy)
-    penalties = [_penalty(spectrum, len(chosen), numbers, weight, ridge) for weight in sorted(null_weights)]
+    unit = _penalty_unit(sketches.n_rows, found.norms)
+    weights = sorted([*(weight * unit for weight in null_weights), *absolute])
+    penalties = [_penalty(spectrum, len(chosen), numbers, weight, ridge, unit) for weight in weights]
     content = {
         "path": str(path),
         "reference_id": sketches.identity.reference_id,
@@ -169,11 +178,23 @@ def _error(ratio: Array, predicted: float) -> dict[str, float]:
     return {"predicted": predicted, "measured": measured, "mean": float(off.mean()), "worst": float(np.abs(off).max())}
 
 
-def _penalty(spectrum: Spectrum, n: int, numbers: float, weight: float, ridge: float) -> dict[str, Any]:
+def _penalty_unit(responses: int, norms: Array) -> float:
+    """m / (4 mean ||g||^2) of all rows, by these norms; RequestError where they are all zero."""
+    mean_square = float(np.square(norms).mean())
+    if not mean_square:
+        raise RequestError(
+            f"All {len(norms):,} gradients that were read are zero, so there is nothing to constrain. Choose a "
+            "`trainable` that the log-probs depend on and run `dvc repro sketch`."
+        )
+    return responses / (4 * mean_square)
+
+
+def _penalty(spectrum: Spectrum, n: int, numbers: float, weight: float, ridge: float, unit: float) -> dict[str, Any]:
     mu = penalty_scale(n, weight, ridge)
     own = effective_dimension(spectrum.values, mu)
     return {
-        "null_weight": weight,
+        "null_weight": weight / unit,
+        "null_weight_absolute": weight,
         "ridge": ridge,
         "mu": mu,
         "dimension_of_sketch": own,
@@ -201,7 +222,7 @@ def _suggested(
 
 def _warnings(content: dict[str, Any]) -> Iterator[str]:
     penalty, suggested = content["penalties"][-1], content["suggested"]
-    weight, all_rows = f"null_weight {penalty['null_weight']:g}", content["rows_used"] == content["rows"]
+    weight, all_rows = f"null_weight {penalty['null_weight']:.4g}", content["rows_used"] == content["rows"]
     dimension, rows = penalty["dimension"], f"{content['rows_used']:,}"
     if HEAD_PART in content["groups"]:
         yield HEAD_PART_ONLY

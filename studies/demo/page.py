@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from pipeline.params import Params
+from pipeline.params import AnyVariant, Params
 from pipeline.report.numbers import show_seconds
 from stages.options import params_options, path_option
 from studies.demo.claims import judge
@@ -38,7 +38,7 @@ CLASSES = """
 The model has four blocks, so that its last 25 % are its last block; the last 50 % stand beside it. The reference was
 scored once for all cells and sketched once for each class. A LoRA's random A is part of what its sketches are of, so
 it is drawn once and all seeds share it. Learning rates are the demo's own and, as is usual, ten times that for the
-LoRA. `null_weight` is the default where everything trains. There it is 20 times m / (4 mean ||g||²), from where on a
+LoRA. `null_weight_absolute` is 1 where everything trains. There it is 20 times m / (4 mean ||g||²), from where on a
 penalty is as stiff as the loss in a direction of average gradients (docs/auxdpo.md); for the other classes it is so,
 too, in round numbers. All this was set before any figure of this page was seen.
 """
@@ -142,12 +142,14 @@ def command(params: Params, classes: Path, run: Path, page: Path, figure: Path) 
         click.echo(f"{'true ' if claim.holds else 'false'} {claim.text}: {claim.evidence}")
 
 
+def _settings(variant: AnyVariant) -> str:
+    given = {name: value for name, value in variant.hyperparameters().items() if value is not None}
+    return ", ".join(f"{name} {value}" for name, value in given.items())
+
+
 def introduction(params: Params, classes: Sequence[PolicyClass], run: Path) -> str:
     train = params.train
-    variants = [
-        f"`{name}` ({', '.join(f'{key} {value}' for key, value in train.variants[name].hyperparameters().items())})"
-        for name in params.sweep.variants
-    ]
+    variants = [f"`{name}` ({_settings(train.variants[name])})" for name in params.sweep.variants]
     return "\n".join(
         [
             INTRODUCTION.format(cells=len(classes) * len(params.sweep.variants) * len(params.sweep.seeds)).strip(),

@@ -22,7 +22,7 @@ class PolicyClass(Section):
     sketch: Literal["tensorsketch", "exact"]
     k: int
     learning_rate: float
-    null_weight: float
+    null_weight_absolute: float
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -31,7 +31,7 @@ class PolicyClass(Section):
             f"sketch.mode={self.sketch}",
             f"sketch.k={self.k}",
             f"train.learning_rate={self.learning_rate}",
-            f"train.variants.auxdpo.null_weight={self.null_weight}",
+            f"train.variants.auxdpo.null_weight_absolute={self.null_weight_absolute}",
         )
 
 

@@ -25,10 +25,16 @@ def classes_table(classes: Sequence[PolicyClass], run: Path) -> str:
         kind = "the gradient itself" if each.sketch == "exact" else f"{each.k:,} a block"
         trained = trained_parameters(run / "reference", each)
         rows.append(
-            (each.title, f"{trained:,}", f"{each.learning_rate:g}", f"{each.null_weight:g}", f"{numbers:,} ({kind})")
+            (
+                each.title,
+                f"{trained:,}",
+                f"{each.learning_rate:g}",
+                f"{each.null_weight_absolute:g}",
+                f"{numbers:,} ({kind})",
+            )
         )
     return markdown_table(
-        ["what trains", "parameters", "learning rate", "null_weight", "numbers a response, with audit"], rows
+        ["what trains", "parameters", "learning rate", "null_weight_absolute", "numbers a response, with audit"], rows
     )
 
 

@@ -5,6 +5,8 @@ import math
 import shutil
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -74,7 +76,7 @@ def test_held_out_pairs_are_measured_without_offsets(alone, one_rank):
 
 def test_a_heavier_penalty_keeps_the_offsets_nearer_to_the_null_space(nursery, alone, sketched, tmp_path):
     """Also as the audit sketch sees it, to which nothing was fitted."""
-    variants = {"auxdpo": TRAIN["variants"]["auxdpo"] | {"null_weight": 1e-6}}
+    variants = {"auxdpo": TRAIN["variants"]["auxdpo"] | {"null_weight": 1e-3}}
     free = nursery.train(sketched, tmp_path, **AUXDPO, variants=variants).summary["offsets"]
     told = alone.summary["offsets"]
     for name in ("penalty", "penalty_audit"):
@@ -82,6 +84,33 @@ def test_a_heavier_penalty_keeps_the_offsets_nearer_to_the_null_space(nursery, a
     direction, freely = (found["penalty"] / found["norm"] ** 2 for found in (told, free))
     assert direction < 0.8 * freely  # not by being smaller alone
     assert told["margins"] < 0.5 * free["margins"]
+
+
+def test_gradients_in_another_unit_train_the_same_policy_and_offsets(nursery, alone, sketched, tmp_path):
+    """Published sketches whose every number and norm is 64 times as large: a power of two, so that nothing rounds."""
+    for name in ("pairs", "model", "logps"):
+        (tmp_path / name).symlink_to(sketched / name)
+    rows = pa.concat_tables(published_rows(sketched / "sketches"))
+    for n, name in enumerate(rows.column_names):
+        if name == "grad_norm" or name.endswith("_scale"):
+            rows = rows.set_column(n, rows.schema.field(name), pc.multiply(rows[name], pa.scalar(64, pa.float32())))
+    identity = open_sketches(sketched / "sketches", expect=None).identity
+    publish_reference(tmp_path / "sketches", rows, identity)
+    other = nursery.train(tmp_path, tmp_path / "out", **AUXDPO)
+    assert other.offsets.equals(alone.offsets)
+    assert all(torch.equal(other.weights[name], value) for name, value in alone.weights.items())
+    for ours, theirs in zip(without_speed(other.history), without_speed(alone.history), strict=True):
+        assert ours.pop("offsets/penalty") == pytest.approx(64**2 * theirs.pop("offsets/penalty"), rel=1e-6)
+        assert ours == theirs
+    ours, theirs = other.summary["offsets"], alone.summary["offsets"]
+    assert ours["null_weight"] == theirs["null_weight"] == 200
+    assert 64**2 * ours["null_weight_absolute"] == theirs["null_weight_absolute"]
+
+
+def published_rows(folder):
+    published = open_sketches(folder, expect=None)
+    kind = published.identity.kind
+    return [pl.DataFrame(table).to_arrow().cast(kind.schema) for table in published.tables(kind.schema.names)]
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
@@ -119,8 +148,7 @@ def test_a_lora_trains_on_exact_gradients_in_bf16_and_another_start_is_refused(n
     done = nursery.train(root, tmp_path / "out", **settings, variants=variants)
     assert (done.out / "policy/adapter_config.json").exists() and done.summary["offsets"]["rms"] > 0
     published = open_sketches(root / "sketches", expect=None)
-    rows = pl.DataFrame(next(published.tables(published.identity.kind.schema.names))).to_arrow()
-    rows = rows.cast(published.identity.kind.schema)
+    (rows,) = published_rows(root / "sketches")
     publish_reference(root / "sketches", rows, dataclasses.replace(published.identity, adapter_init="0" * 32))
     with pytest.raises(RanksEnded, match="adapter_init: found 000000000000, expected") as caught:
         nursery.train(root, tmp_path / "other", **settings, variants=variants)

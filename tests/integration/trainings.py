@@ -25,7 +25,7 @@ TRAIN = {
     "variants": {
         "dpo": {"objective": "dpo", "beta": 0.5},
         "bdpo": {"objective": "bdpo", "beta": 0.5, "mixture": 0.3},
-        "auxdpo": {"objective": "auxdpo", "beta": 0.5, "offset_learning_rate": 0.05},
+        "auxdpo": {"objective": "auxdpo", "beta": 0.5, "null_weight": 200.0, "offset_learning_rate": 0.05},
     },
 }
 Rows = list[dict[str, float]]

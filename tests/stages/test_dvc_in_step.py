@@ -95,6 +95,9 @@ def test_only_variants_that_read_sketches_are_trained_anew_when_these_change(sta
             variant = stage.name.removeprefix("train@").rpartition("-")[0]
             assert f"data/reference/constraints/{variant}.json" in paths
             assert "data/reference/sketches" not in paths
+        if stage.name.startswith("constraint@"):  # the stamp also says what the variant's null_weight counts in
+            watched = [key for dep in stage.deps if hasattr(dep, "params") for key in dep.params]
+            assert watched == [f"train.variants.{stage.name.removeprefix('constraint@')}"]
 
 
 def test_watched_sections_exist(stages):

@@ -119,10 +119,10 @@ def test_offsets_trained_beside_the_policy_bring_it_to_the_optimum(constraint, c
     sides = torch.tensor([side for i, j in PAIRS for side in ((i, j), (j, i))])
     shares = torch.sigmoid(REWARDS[sides[:, 0]] - REWARDS[sides[:, 1]])
     shares *= torch.tensor(counts).repeat_interleave(2) / sum(counts)
-    params = AuxDPO(objective="auxdpo", constraint=constraint, null_weight=300.0, offset_learning_rate=0.05)
+    params = AuxDPO(objective="auxdpo", constraint=constraint, null_weight_absolute=300.0, offset_learning_rate=0.05)
     projection = Projection(gradients(), 1) if constraint == "projection" else None
     responses = (key_array(keys(0, 3)), torch.zeros(3, dtype=torch.int64), sides, gradients(), slice(0, 3))
-    offsets = Offsets(*responses, params, sum_over_ranks=lambda values: values, projection=projection)
+    offsets = Offsets(*responses, params, mean_square=1.0, sum_over_ranks=lambda values: values, projection=projection)
     reference, every = log_policy(ZERO)[sides], np.arange(6)
     t, steps = ZERO.clone().requires_grad_(), 600
     optimizer = torch.optim.Adam([t])

@@ -44,6 +44,7 @@ def make(gradients=None, *, rows=slice(0, M), sum_over_ranks=lambda x: x, projec
         share,
         rows,
         params(**fields),
+        mean_square=gradients.sketches.double().square().sum(dim=1).mean().item(),
         sum_over_ranks=sum_over_ranks,
         projection=projection,
     )
@@ -78,7 +79,7 @@ def total_gradient(offsets: Offsets, batch: np.ndarray, micros: int = 1) -> torc
 @pytest.mark.parametrize("weights", ["responses", "sides"])
 @pytest.mark.parametrize("batch", [EVERYTHING, np.array([1, 4, 5, 6])])
 def test_a_steps_gradient_is_that_of_the_batchs_loss_the_whole_penalty_and_the_ridge(weights, batch):
-    offsets = make(weights=weights, null_weight=3.0, ridge=0.5)
+    offsets = make(weights=weights, null_weight_absolute=3.0, ridge=0.5)
     offsets.values.copy_(draw(M, seed=4))
     delta = offsets.values.double().requires_grad_()
     counts = torch.bincount(SIDES.flatten(), minlength=M).double()
@@ -102,7 +103,7 @@ def centred(delta: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("weights", ["responses", "sides"])
 def test_centred_offsets_enter_the_constraint_less_their_prompts_mean(weights, constraint):
     batch = np.array([0, 1, 4, 6])
-    fields = {"weights": weights, "constraint": constraint, "null_weight": 3.0, "centred": True}
+    fields = {"weights": weights, "constraint": constraint, "null_weight_absolute": 3.0, "centred": True}
     offsets = make(**fields)
     offsets.values.copy_(draw(M, seed=4))
     delta = offsets.values.double().requires_grad_()
@@ -126,7 +127,7 @@ def test_what_all_responses_of_a_prompt_have_in_common_is_no_business_of_the_cen
 
 def test_the_batch_constraint_is_the_papers_penalty_of_the_batch_alone():
     batch = np.array([0, 1, 3])
-    offsets = make(weights="sides", constraint="batch", null_weight=2.0)
+    offsets = make(weights="sides", constraint="batch", null_weight_absolute=2.0)
     offsets.values.copy_(draw(M, seed=4))
     rows = SIDES[batch].flatten()
     delta = offsets.values.clone().requires_grad_()
@@ -164,7 +165,7 @@ def test_zero_offsets_explain_nothing():
 @pytest.mark.parametrize("weights", ["responses", "sides"])
 def test_trained_offsets_reach_the_minimum_of_their_objective(weights):
     steps, w = 600, response_weights(SIDES, M, params(weights=weights)).double()
-    offsets = make(weights=weights, null_weight=5.0, ridge=0.3, offset_learning_rate=0.05)
+    offsets = make(weights=weights, null_weight_absolute=5.0, ridge=0.3, offset_learning_rate=0.05)
     for step in range(steps):
         advance(offsets, EVERYTHING, factor=1 - step / steps)
     delta = torch.zeros(M, dtype=torch.float64, requires_grad=True)
@@ -201,9 +202,9 @@ def test_the_schedule_scales_the_step():
 
 
 def test_offsets_that_are_no_longer_finite_stop_the_run():
-    offsets = make(sketched(1e25), null_weight=1e30)
+    offsets = make(sketched(1e25), null_weight_absolute=1e30)
     offsets.values.fill_(1.0)
-    with pytest.raises(RunFailed, match="Lower offset_learning_rate or null_weight"):
+    with pytest.raises(RunFailed, match="Lower offset_learning_rate or null_weight_absolute"):
         advance(offsets, EVERYTHING)
 
 
@@ -211,7 +212,7 @@ def test_offsets_that_are_no_longer_finite_stop_the_run():
 
 
 def test_a_resumed_run_makes_the_same_steps_bit_by_bit(tmp_path):
-    whole, first, resumed = (make(null_weight=10.0, offset_learning_rate=0.05) for _ in range(3))
+    whole, first, resumed = (make(null_weight_absolute=10.0, offset_learning_rate=0.05) for _ in range(3))
     batches = [np.array([0, 3, 5, 6]), np.array([1, 2, 4, 7]), np.array([0, 1, 6, 7]), np.array([2, 3, 4, 5])]
     rows = [advance(whole, batch, factor=0.9) for batch in batches]
     for batch in batches[:2]:

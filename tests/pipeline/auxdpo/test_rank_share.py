@@ -49,7 +49,7 @@ class Threads:
 @pytest.mark.parametrize("constraint", ["penalty", "projection", "batch"])
 def test_any_number_of_ranks_makes_the_same_steps_and_tells_the_same(constraint):
     batches = [np.array([0, 3, 5, 6]), np.array([1, 2, 4, 7]), np.array([0, 1, 6, 7])]
-    fields = {"constraint": constraint, "null_weight": 10.0, "offset_learning_rate": 0.05, "centred": True}
+    fields = {"constraint": constraint, "null_weight_absolute": 10.0, "offset_learning_rate": 0.05, "centred": True}
 
     def train(rank: int, ranks: int, sum_over_ranks):
         projection = Projection(sketched(), 4) if constraint == "projection" else None

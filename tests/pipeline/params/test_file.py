@@ -60,6 +60,11 @@ def test_benchmark_tasks_are_off_unless_named():
         ("train.variants.dpo={objective: exo_pair, label_smoothing: 0.0}", ["must lie in (0, 0.5), found 0"]),
         ("train.variants.dpo={objective: auxdpo}", ["sweep.variants", "['dpo']", "sketch.mode", "found none"]),
         ("train.variants.dpo={objective: auxdpo, null_weight: 0.0}", ["null_weight", "must lie in (0, ", "found 0"]),
+        (
+            "train.variants.dpo={objective: auxdpo, null_weight: 20.0, null_weight_absolute: 1.0}",
+            ["null_weight 20.0 and null_weight_absolute 1.0", "expected one of them"],
+        ),
+        ("train.variants.dpo={objective: auxdpo, null_weight_absolute: 0.0}", ["null_weight_absolute", "(0, "]),
         ("train.variants.dpo={objective: auxdpo, ridge: -1.0}", ["ridge", "must lie in [0, ", "found -1"]),
         ("train.variants.dpo={objective: auxdpo, constraint: hard}", ["'penalty', 'projection' or 'batch'", "hard"]),
         ("train.variants.dpo={objective: auxdpo, rank: 0}", ["rank", "greater than or equal to 1"]),

@@ -134,6 +134,19 @@ def test_page_tells_what_ran(made):
     assert "Degraded chosen responses" in words
 
 
+def test_page_tells_auxdpos_weight_in_both_units_and_that_of_an_earlier_version_as_what_it_was(inputs):
+    given = {"beta": 0.1, "null_weight": 20.0, "null_weight_absolute": None}
+    weights = {"null_weight": 20.0, "null_weight_absolute": 0.952}
+    change_json(inputs / "results/dpo-0/train.json", objective="auxdpo", hyperparameters=given, offsets=weights)
+    page = words_of(report(inputs, variants=["dpo"], seeds=[0]))
+    assert "beta 0.1, null_weight 20 (null_weight 20 is 0.952 absolute)" in page
+    assert summary_of(inputs)["variants"]["dpo"]["training"]["offsets/null_weight_absolute"]["mean"] == 0.952
+    change_json(inputs / "results/dpo-0/train.json", hyperparameters={"null_weight": 1.0}, offsets={"rms": 0.1})
+    assert "null_weight 1 (of an earlier version: null_weight is absolute)" in words_of(
+        report(inputs, variants=["dpo"], seeds=[0])
+    )
+
+
 def test_absent_figures_show_a_dash_and_no_chart(inputs):
     rows = [{"step": step, "loss": 0.5} for step in range(1, 4)]
     write_history(inputs / "results/dpo-0/history.tsv", rows)

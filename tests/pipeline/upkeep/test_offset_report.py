@@ -116,6 +116,20 @@ def test_without_exact_no_model_is_read_and_another_penalty_than_training_record
     assert found["penalty_exact"] is None and "are not those of that run" in found["warnings"][0]
 
 
+@pytest.mark.parametrize(
+    ("given", "absolute"), [({"null_weight": 3.0, "null_weight_absolute": None}, False), ({"null_weight": 3.0}, True)]
+)
+def test_the_weight_is_told_in_both_units_and_an_old_records_is_the_absolute_one(
+    made, gradients, tmp_path, given, absolute
+):
+    record = write_record(tmp_path / "train.json", **given)
+    found = report_offsets(made / "sketches", made / "offsets.parquet", trained=record, pairs=made / "pairs")
+    squares = [float(np.square(column).sum()) for column in gradients.values()]
+    unit = len(squares) / (4 * sum(squares) / len(squares))
+    expected = (3 / unit, 3) if absolute else (3, 3 * unit)
+    assert (found["null_weight"], found["null_weight_absolute"]) == pytest.approx(expected, rel=1e-4)
+
+
 def test_files_that_do_not_belong_together_are_refused_with_what_to_name(made, tmp_path):
     def run(**changes):
         options = {"--offsets": made / "offsets.parquet", "--trained": record, "--pairs": made / "pairs"} | changes

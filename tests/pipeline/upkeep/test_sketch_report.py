@@ -95,15 +95,15 @@ def test_enough_numbers_are_enough_by_the_same_formula():
 
 
 def test_the_scale_of_the_penalty_is_where_its_curvature_equals_the_ridges():
-    """null_weight ||A delta / n||^2 along a direction of eigenvalue mu bends as much as (ridge + 1/4) mean(delta^2)."""
-    n, null_weight, ridge = 7, 3.0, 0.5
-    assert null_weight * penalty_scale(n, null_weight, ridge) / n**2 == pytest.approx((ridge + 0.25) / n)
+    """weight ||A delta / n||^2 along a direction of eigenvalue mu bends as much as (ridge + 1/4) mean(delta^2)."""
+    n, weight, ridge = 7, 3.0, 0.5
+    assert weight * penalty_scale(n, weight, ridge) / n**2 == pytest.approx((ridge + 0.25) / n)
 
 
 def test_the_report_is_that_of_the_rows_however_they_are_read(tmp_path, monkeypatch):
     columns = gradients()
     write(tmp_path / "sketches", columns, 128)
-    found = report_sketches(tmp_path / "sketches", null_weights=[1.0, 30.0], ridge=0.1)
+    found = report_sketches(tmp_path / "sketches", absolute=[1.0, 30.0], ridge=0.1)
     exact = np.square(columns).sum()
     truth = np.linalg.eigvalsh(columns @ columns.T)[::-1]
     assert (found["rows"], found["rows_used"], found["seed"], found["numbers"]) == (N, N, None, 256)
@@ -114,23 +114,38 @@ def test_the_report_is_that_of_the_rows_however_they_are_read(tmp_path, monkeypa
     shares = [group["energy"] for group in found["groups"].values()]
     assert sum(shares) == pytest.approx(1) and shares[0] > shares[1]
     assert found["effective_numbers"] == pytest.approx(128 / sum(share**2 for share in shares))
-    assert [p["null_weight"] for p in found["penalties"]] == [1.0, 30.0]
+    assert [p["null_weight_absolute"] for p in found["penalties"]] == [1.0, 30.0]
+    for p in found["penalties"]:  # mu where null_weight is in m / (4 mean ||g||^2)
+        assert p["mu"] == pytest.approx((1 + 4 * 0.1) * exact / N / p["null_weight"], rel=1e-5)
     assert json.loads(json.dumps(found)) == found
     monkeypatch.setattr(sketch_report, "SLICE_BYTES", 8 * N * 30)  # 30 numbers at a time, the last slice shorter
-    again = report_sketches(tmp_path / "sketches", null_weights=[1.0, 30.0], ridge=0.1)
+    again = report_sketches(tmp_path / "sketches", absolute=[1.0, 30.0], ridge=0.1)
     np.testing.assert_allclose(again["spectrum"]["leading"], found["spectrum"]["leading"], rtol=1e-9)
     assert again["errors"]["sketch"] == pytest.approx(found["errors"]["sketch"], rel=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 50.0])
+def test_the_suggestion_for_a_null_weight_is_the_same_for_gradients_in_any_unit(tmp_path, scale):
+    plain, other = (
+        report_sketches(write(tmp_path / name, factor * gradients(), 128), null_weights=[1.0])
+        for name, factor in (("plain", 1.0), ("other", scale))
+    )
+    assert other["suggested"] == plain["suggested"]
+    (ours,), (theirs,) = other["penalties"], plain["penalties"]
+    for name in ("null_weight", "dimension", "dimension_of_sketch", "measured_ratio"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-2), name
+    assert ours["null_weight_absolute"] == pytest.approx(theirs["null_weight_absolute"] / scale**2, rel=1e-3)
+
+
 def test_errors_are_measured_against_the_exact_norms(tmp_path):
     write(tmp_path / "sketches", gradients(), 128)
-    errors = report_sketches(tmp_path / "sketches", null_weights=[1.0])["errors"]
+    errors = report_sketches(tmp_path / "sketches", absolute=[1.0])["errors"]
     assert errors["audit"]["predicted"] == pytest.approx((2 / 64) ** 0.5)
     for error in errors.values():
         assert error["measured"] == pytest.approx(error["predicted"], rel=0.35)
         assert abs(error["mean"]) < error["predicted"] and error["worst"] > error["measured"]
     write(tmp_path / "exact", gradients(), 0, groups=("lora",), mode="exact")
-    exact = report_sketches(tmp_path / "exact", null_weights=[1.0])
+    exact = report_sketches(tmp_path / "exact", absolute=[1.0])
     assert exact["errors"]["sketch"]["predicted"] == 0 and exact["errors"]["sketch"]["measured"] < 1e-3
     assert exact["effective_numbers"] is None
 
@@ -138,11 +153,11 @@ def test_errors_are_measured_against_the_exact_norms(tmp_path):
 def test_a_sketch_that_is_too_small_says_so_and_one_that_is_as_large_as_suggested_does_not(tmp_path):
     columns = gradients(decay=1.5) * 30
     truth = effective_dimension(np.linalg.eigvalsh(columns @ columns.T), penalty_scale(N, 1.0, 0.0))
-    small = report_sketches(write(tmp_path / "small", columns, 32), null_weights=[1.0])
+    small = report_sketches(write(tmp_path / "small", columns, 32), absolute=[1.0])
     assert small["penalties"][0]["measured_ratio"] < 0.5 and "too small" in small["warnings"][0]
     k = small["suggested"]["k"]
     assert f"Set sketch.k to {k:,}" in small["warnings"][0] and "dvc repro sketch" in small["warnings"][0]
-    large = report_sketches(write(tmp_path / "large", columns, k), null_weights=[1.0])
+    large = report_sketches(write(tmp_path / "large", columns, k), absolute=[1.0])
     assert large["warnings"] == [] and large["suggested"]["k"] <= k
     assert large["penalties"][0]["dimension"] == pytest.approx(truth, rel=0.1)
     assert large["penalties"][0]["measured_ratio"] > 0.7
@@ -151,14 +166,19 @@ def test_a_sketch_that_is_too_small_says_so_and_one_that_is_as_large_as_suggeste
 
 def test_above_the_limit_a_seeded_sample_is_used_and_said_to_be(tmp_path):
     folder = write(tmp_path / "sketches", gradients(), 64)
-    first, again, other = (report_sketches(folder, null_weights=[1.0], rows=50, seed=seed) for seed in (0, 0, 3))
+    first, again, other = (report_sketches(folder, absolute=[1.0], rows=50, seed=seed) for seed in (0, 0, 3))
     assert first == again and first["spectrum"] != other["spectrum"]
     assert (first["rows"], first["rows_used"], first["seed"]) == (N, 50, 0)
     assert first["spectrum"]["energy"] == pytest.approx(np.square(gradients()).sum() / N, rel=0.2)
     output = CliRunner().invoke(main, ["sketch-report", str(folder), "--rows", "50"]).output
     assert "50 of them, seed 0" in output
     with pytest.raises(RequestError, match="8,192"):
-        report_sketches(folder, null_weights=[1.0], rows=9000)
+        report_sketches(folder, absolute=[1.0], rows=9000)
+
+
+def test_gradients_that_are_all_zero_are_refused(tmp_path):
+    with pytest.raises(RequestError, match=r"zero.*`trainable`"):
+        report_sketches(write(tmp_path / "zero", 0 * gradients(), 32), absolute=[1.0])
 
 
 def test_an_empty_publication_is_refused_with_what_to_run(tmp_path):
@@ -173,6 +193,6 @@ def test_the_command_prints_tables_and_writes_json(tmp_path):
     result = CliRunner().invoke(main, ["sketch-report", str(folder), "--null-weight", "300", "--out", str(out)])
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
-    for part in ("effective dimension", "stable rank", "block_000", "by the audit", "Suggested for null_weight 300"):
+    for part in ("effective dimension", "stable rank", "block_000", "by the audit", "Suggested for null_weight 300 ("):
         assert part in result.output
     assert found["warnings"] and all(f"Warning: {warning}" in result.output for warning in found["warnings"])
