@@ -39,7 +39,7 @@ class ReferenceLookup:
         self.references = [open_reference(path, expect=None) for path in listed]
         self._require_one_reference()
         self._stores = [_Store(reference, views or views_folder()) for reference in self.references]
-        self._decode = decode
+        self.decode = decode
 
     @property
     def reference_id(self) -> str:
@@ -107,7 +107,7 @@ class ReferenceLookup:
 
     def _shown(self, ids: npt.NDArray[np.int32]) -> str:
         listed = ids.tolist()
-        return repr(self._decode(listed)) if self._decode else str(listed)
+        return repr(self.decode(listed)) if self.decode else str(listed)
 
 
 class _Store:
