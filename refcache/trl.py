@@ -69,9 +69,15 @@ class CachedReference(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, labels: Tensor, **ignored: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **ignored: Any
     ) -> SimpleNamespace:
         """`.log_probs`, (rows, length - 1) float32 nats: of token i + 1 at i, 0 where its label is -100."""
+        if labels is None:
+            raise ValueError(
+                f"This trainer asks its reference for logits, as TRL did before 1.16 (this is {trl.__version__}); a "
+                "cache holds the log-probs of the responses alone. Use CachedDPOTrainer or CachedKTOTrainer, or put "
+                "DPOFromCache or KTOFromCache before the trainer."
+            )
         present = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         logps = torch.zeros(len(labels), labels.shape[1] - 1)
         for number, row in enumerate(rows_of(input_ids, present, labels != IGNORED)):

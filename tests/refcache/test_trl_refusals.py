@@ -6,6 +6,7 @@ pytest.importorskip("trl", reason="TRL is not installed (pip install -e '.[bench
 pytestmark = pytest.mark.slow
 
 import polars as pl  # noqa: E402
+import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from trl import DPOTrainer  # noqa: E402
@@ -88,6 +89,11 @@ def test_streams_images_and_precomputed_columns_are_refused(place):
     assert "has images" in refused(place, ValueError, train_dataset=images)
     own = place.pairs.add_column("ref_chosen_logps", [0.0] * len(place.pairs))
     assert "brings ref_chosen_logps" in refused(place, ValueError, eval_dataset=own)
+
+
+def test_a_trainer_that_asks_for_logits_is_refused(place):
+    with pytest.raises(ValueError, match="asks its reference for logits"):
+        CachedReference(place.cache)(torch.ones(1, 4, dtype=torch.long), use_cache=False)
 
 
 def test_caches_of_two_references_are_refused(place, tmp_path):
