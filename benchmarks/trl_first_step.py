@@ -79,7 +79,7 @@ def first_step(options: argparse.Namespace) -> None:
     """Print seconds until the first step."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     from refcache.trl import CachedDPOTrainer
@@ -107,7 +107,7 @@ def first_step(options: argparse.Namespace) -> None:
         model=AutoModelForCausalLM.from_pretrained(work / "reference", dtype=torch.float32),
         args=settings,
         train_dataset=data,
-        processing_class=AutoTokenizer.from_pretrained(work / "reference"),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(work / "tokenizer"),
         callbacks=[Stop()],
         **more,
     )
