@@ -118,7 +118,8 @@ def first_step(options: argparse.Namespace) -> None:
     others = work / "precomputed.npy"
     if method == "precompute":
         np.save(others, sums)
-    apart = f", at most {np.abs(sums - np.load(others)).max():.2g} nats apart" if method == "cache" else ""
+    known = method == "cache" and others.exists()
+    apart = f", at most {np.abs(sums - np.load(others)).max():.2g} nats apart" if known else ""
     seconds = time.perf_counter() - began
     print(f"{options.one}: {len(data)} pairs, {seconds:.1f} s, {spent:.1f} s of CPU{apart}", flush=True)
 
