@@ -50,7 +50,7 @@ class Shard:
 
 def encoder_for(params: PrepareParams, tokenizer: Any, *, chat: bool, words: bool) -> Encoder:
     limits = Limits(params.max_tokens, params.max_prompt_tokens, params.long_prompts)
-    return Encoder(tokenizer, chat=chat, limits=limits, words=words)
+    return Encoder(tokenizer, chat=chat, limits=limits, after_end=params.after_end, words=words)
 
 
 def ranges(rows: int, processes: int) -> list[tuple[int, int | None]]:

@@ -63,11 +63,23 @@ class Encoder:
     chat: render with the tokenizer's chat template (prompts must be messages); otherwise prompts must be text.
     """
 
-    def __init__(self, tokenizer: Any, *, chat: bool, limits: Limits, words: bool = True) -> None:
-        """words: take the ids of texts from those of their words, where the tokenizer allows it (encoding/words.py)."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        chat: bool,
+        limits: Limits,
+        after_end: Literal["drop", "keep"] = "drop",
+        words: bool = True,
+    ) -> None:
+        """after_end: what becomes of the white space that a chat template writes behind the end of a response.
+
+        words: take the ids of texts from those of their words, where the tokenizer allows it (encoding/words.py).
+        """
         self._tokenizer = tokenizer
         self._chat = chat
         self._limits = limits
+        self._keeps_after_end = chat and after_end == "keep"
         self._ends = _end_tokens(tokenizer)
         self.special_tokens = sorted({tokenizer.convert_ids_to_tokens(token) for token in self._ends})
         self._renderer = Renderer(tokenizer, self.special_tokens) if chat else None
@@ -228,12 +240,14 @@ class Encoder:
         return Encoded(start.ids, response_ids[:room], truncated=truncated, prompt_truncated=start.shortened)
 
     def _close_turn(self, ids: np.ndarray) -> np.ndarray:
-        """`ids` up to its last end token if only white space follows it (templates add a line break); else with eos."""
+        """`ids` up to its last end token if only white space follows it (templates add a line break), and with
+        after_end "keep" to that's end; else with eos."""
         last = len(ids) - 1
         while last >= 0 and int(ids[last]) not in self._ends and self._is_blank(int(ids[last])):
             last -= 1
         if last >= 0 and int(ids[last]) in self._ends:
-            return ids[: self._first_of_run(ids, last) + 1]
+            until_end = ids[: self._first_of_run(ids, last) + 1]
+            return np.append(until_end, ids[last + 1 :]) if self._keeps_after_end else until_end
         eos = self._tokenizer.eos_token_id
         if eos is None:
             raise RequestError(

@@ -85,6 +85,7 @@ class PrepareParams(Section):
     wrong_options: Literal["one", "all"] = "one"  # of a multiple-choice question, against the right one
     sft: SftRowsParams = SftRowsParams()
     chat_template: Literal["auto", "never"] | str = "auto"  # or a path to a jinja file
+    after_end: Literal["drop", "keep"] = "drop"  # what a chat template writes behind the end token; keep: as TRL trains
     max_tokens: Positive = 1024  # prompt and response together; responses keep their start
     max_prompt_tokens: Positive = 512
     long_prompts: Literal["drop", "truncate_left"] = "drop"

@@ -50,6 +50,7 @@ class SuiteParams(Section):
             "test_share": 0.0,
             # The prepared tokenizer has prepare's template with it.
             "chat_template": "never" if own.chat_template == "never" else "auto",
+            "after_end": own.after_end,
             "max_tokens": self.max_tokens or own.max_tokens,
             "max_prompt_tokens": self.max_prompt_tokens or own.max_prompt_tokens,
             "long_prompts": own.long_prompts,

@@ -209,3 +209,37 @@ def test_the_response_is_what_transformers_masks_as_the_assistants(prompt, thoug
     first = len(mask) - mask[::-1].index(0)  # of the last marked run
     assert found.response_ids.tolist() == ids[first:]
     assert found.prompt_ids.tolist() == ids[:first]
+
+
+@pytest.mark.parametrize(
+    ("family", "response", "dropped", "kept"),
+    [
+        ("chatml", "4", "4<|im_end|>", "4<|im_end|>\n"),
+        ("chatml", "4<|im_end|>\n<|im_end|>", "4<|im_end|>", "4<|im_end|>\n"),
+        ("llama3", "4", "4<|eot_id|>", "4<|eot_id|>"),
+        ("gemma", "4", "4<end_of_turn>", "4<end_of_turn>\n"),
+        ("colons", "4", "4\n</s>", "4\n</s>"),
+    ],
+)
+def test_what_the_template_writes_behind_the_end_is_kept_on_request(family, response, dropped, kept):
+    tokenizer = getattr(chat_tokenizers, family)()
+    for after_end, expected in (("drop", dropped), ("keep", kept)):
+        encoder = Encoder(tokenizer, chat=True, limits=WIDE, after_end=after_end)
+        (encoded,) = encoder.encode([(ASK, response)])
+        assert texts(tokenizer, encoded)[1] == expected
+
+
+def test_what_is_behind_the_end_is_cut_first():
+    (whole,) = Encoder(chat_tokenizers.chatml(), chat=True, limits=WIDE, after_end="keep").encode([(ASK, "4")])
+    room = len(whole.prompt_ids) + 2
+    limits = Limits(max_tokens=room, max_prompt_tokens=room - 1, long_prompts="drop")
+    (cut,) = Encoder(chat_tokenizers.chatml(), chat=True, limits=limits, after_end="keep").encode([(ASK, "4")])
+    assert cut.response_ids.tolist() == whole.response_ids.tolist()[:2] and cut.truncated
+
+
+def test_plain_texts_end_the_same_either_way():
+    tokenizer = chat_tokenizers.plain()
+    found = [
+        Encoder(tokenizer, chat=False, limits=WIDE, after_end=a).encode([("2+2?", "4</s>\n")]) for a in ("drop", "keep")
+    ]
+    assert found[0][0].response_ids.tolist() == found[1][0].response_ids.tolist()
