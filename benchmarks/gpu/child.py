@@ -115,6 +115,13 @@ def peak_bytes() -> int | None:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
+def require_out_of_memory(error: RuntimeError) -> None:
+    """Raise it again unless it says that the GPU's memory is full, in whichever library's words."""
+    words = str(error).lower()
+    if not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in words and "alloc_failed" not in words:
+        raise error
+
+
 def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():

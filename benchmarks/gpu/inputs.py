@@ -65,7 +65,7 @@ def write_pairs(folder: Path, prompts: list[Prompt], vocabulary: int, random: np
 
 
 def write_model(folder: Path, sizes: Sizes) -> int:
-    """Its parameters. In bf16, as models are published: then masters that round differently start from equal weights."""
+    """Its parameters. In bf16, as models are published: then everybody's float32 masters start from equal weights."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 

@@ -1,4 +1,4 @@
-"""Part `kernels`: attention in one call and Liger's layers against the plain ones, speed and error, a few layers deep."""
+"""Part `kernels`: attention in one call and Liger's layers against the plain ones, speed and error, some layers deep."""
 
 import statistics
 from typing import Any
@@ -93,7 +93,7 @@ def measure(sizes: Sizes, batches: dict[str, TokenBatch], exact: dict[str, Any],
 
 
 def main() -> None:
-    options, sizes = parse(__doc__)
+    _, sizes = parse(__doc__)
     batches = {data: batch_of(sizes, data) for data in ("ultrafeedback", "gsm8k")}
     exact: dict[str, Any] = {}
     for kernels in ("plain", "flex"):

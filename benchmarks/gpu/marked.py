@@ -23,7 +23,8 @@ def main() -> int:
         return 0
     import pytest
 
-    return int(pytest.main(["-m", "gpu", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/gpu")], [Outcomes()]))
+    # -s: or pytest would keep our results for itself.
+    return int(pytest.main(["-m", "gpu", "-q", "-s", "-p", "no:cacheprovider", str(ROOT / "tests/gpu")], [Outcomes()]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu.child import Sizes, device, emit, forget_peak, free_memory, now, parse, peak_bytes
+from benchmarks.gpu.child import (
+    Sizes,
+    device,
+    emit,
+    forget_peak,
+    free_memory,
+    now,
+    parse,
+    peak_bytes,
+    require_out_of_memory,
+)
 from benchmarks.gpu.lengths import DATA
 from benchmarks.gpu.training import BETA, LEARNING_RATE, ORDERS, pair_tokens
 from cache.derived import build_once
@@ -126,7 +136,8 @@ def throughput(runs: dict[str, tuple[TrainingRun, LoopParams]], sizes: Sizes, wo
             try:
                 changed = loop.model_copy(update=setting)
                 found = measure(run, data, changed, sizes, work, warm_up=1 if number else WARM_UP)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                require_out_of_memory(error)
                 emit("training", fits=False, **common)
                 return  # the gradients of half a step are left; what comes later is larger
             emit("training", fits=True, **common, **found)
@@ -150,7 +161,8 @@ def auxdpo(run: TrainingRun, loop: LoopParams, sizes: Sizes, work: Path) -> None
         with_offsets = run._replace(companion=offsets)
         try:
             found = measure(with_offsets, DATA[0], loop, sizes, work, warm_up=1)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            require_out_of_memory(error)
             emit("auxdpo", contender="auxdpo", responses=responses, fits=False)
             break
         seconds = statistics.median(found["seconds"])

@@ -1,4 +1,4 @@
-"""Part `train/trl`: TRL's DPOTrainer on the same pairs, by benchmarks/train_peers.py, at one micro-batch size after another.
+"""Part `train/trl`: TRL's DPOTrainer on the same pairs, by benchmarks/train_peers.py, at several micro-batch sizes.
 
 Reference log-probs are precomputed, which is TRL's fastest way. Then its other kernels, where their packages are
 installed, at the size that was fastest. Who fits and is fastest is read off the results.
@@ -6,12 +6,11 @@ installed, at the size that was fastest. Who fits and is fastest is read off the
 
 import argparse
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.child import Sizes, emit, free_memory, parse, skip
+from benchmarks.gpu.child import Sizes, emit, free_memory, parse, require_out_of_memory, skip
 from benchmarks.gpu.lengths import DATA
 from benchmarks.gpu.training import BETA, LEARNING_RATE, ORDERS, pair_tokens
 from pipeline.tokens.examples import open_examples
@@ -40,7 +39,8 @@ def measure(pairs: list[Any], options: argparse.Namespace, sizes: Sizes, micro: 
     common = {"data": options.pairs.name, "contender": "trl", "setting": {"micro_batch_size": micro} | extra}
     try:
         found = train(pairs, options, micro=micro, steps=WARM_UP + sizes.steps, method="precompute", **extra)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        require_out_of_memory(error)
         found = None
     free_memory()  # outside of the handler, whose error holds the frames with all tensors
     if found is None:
@@ -86,7 +86,12 @@ def main() -> None:
     for extra in others():
         for data, peer in peers.items():
             best = max(found[data], key=found[data].__getitem__)
-            measure(pairs[data], peer, sizes, best, extra)
+            try:
+                measure(pairs[data], peer, sizes, best, extra)
+            except Exception as error:  # of packages that are no part of TRL; what was measured without them counts
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                setting = {"micro_batch_size": best} | extra
+                emit("training", fits=False, reason=reason, data=data, contender="trl", setting=setting)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Runs the parts of the suite, each in a process of its own under a time limit, and keeps every result at once.
 
 OUT/results.jsonl has a line for each result and for each part's end, on disk as soon as it is there; OUT/suite.log all
-else that parts print. Nothing but the standard library, so that nothing a part does can end this process (the dry run alone forks, forking.py).
+else that parts print. Nothing but the standard library, so that nothing a part does can end this process (the dry run
+alone forks, forking.py).
 """
 
 import ctypes
@@ -73,6 +74,7 @@ class Suite:
         self._log = (out / "suite.log").open("wb", buffering=0)
 
     def record(self, part: str, content: Record) -> None:
+        assert "part" not in content
         record = {"part": part} | content | {"at": round(time.monotonic() - self._started, 1)}
         self.records.append(record)
         line = json.dumps(record)

@@ -18,13 +18,8 @@ def main() -> None:
     for part in ("all", "last block"):
         forget_peak()
         base[part] = plain(case, sizes.sketched, part) * tokens
-        emit(
-            "sketch",
-            what="forward and backward",
-            trainable=part,
-            rows_per_second=1 / base[part],
-            peak_bytes=peak_bytes(),
-        )
+        speed = {"rows_per_second": 1 / base[part], "peak_bytes": peak_bytes()}
+        emit("sketch", what="forward and backward", trainable=part, **speed)
     for part in ("all", "last block", "head"):
         forget_peak()
         try:
@@ -34,15 +29,8 @@ def main() -> None:
             emit("sketch", what="sketch", trainable=part, fits=False)
             continue
         seconds *= tokens
-        emit(
-            "sketch",
-            what="sketch",
-            trainable=part,
-            rows_per_second=1 / seconds,
-            of_forward_and_backward=seconds / base["all"],
-            numbers=width,
-            peak_bytes=peak_bytes(),
-        )
+        share = {"of_forward_and_backward": seconds / base["all"], "numbers": width}
+        emit("sketch", what="sketch", trainable=part, rows_per_second=1 / seconds, **share, peak_bytes=peak_bytes())
 
 
 if __name__ == "__main__":

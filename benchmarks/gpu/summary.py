@@ -90,23 +90,14 @@ def _training(records: Sequence[Record]) -> list[str]:
                 continue
             setting = ", ".join(f"{name} {value}" for name, value in r["setting"].items())
             if not r["fits"]:
-                rows.append((data, r["contender"], setting, "doesn't fit", "", "", ""))
+                rows.append((data, r["contender"], setting, r.get("reason", "doesn't fit"), "", "", ""))
                 continue
             name = f"**{r['contender']}**" if r in chosen else r["contender"]
             first = ", ".join(f"{seconds:.1f}" for seconds in r["warm_up_seconds"])
             losses = f"{r['losses'][0]:.4f} to {r['losses'][-1]:.4f}"
-            rows.append(
-                (data, name, setting, f"{r['pair_tokens_per_second']:,.0f}", _gib(r["peak_bytes"]), first, losses)
-            )
-    head = (
-        "data",
-        "contender",
-        "setting",
-        "pair tokens/s",
-        "peak GiB",
-        "seconds of first steps, not counted",
-        "losses",
-    )
+            speed, peak = f"{r['pair_tokens_per_second']:,.0f}", _gib(r["peak_bytes"])
+            rows.append((data, name, setting, speed, peak, first, losses))
+    head = ("data", "contender", "setting", "pair tokens/s", "peak GiB", "s of first steps, not counted", "losses")
     table = _table(head, rows)
     return ["## Training", "", *table] if table else []
 
@@ -116,10 +107,8 @@ def _kernels(records: Sequence[Record]) -> list[str]:
     for r in _of(records, "kernels"):
         gradient = "-" if r["gradient_off"] is None else f"{r['gradient_off']:.1e}"
         shape = (r["data"], r["dtype"], r["kernels"], f"{r['tokens']:,}")
-        rows.append(
-            (*shape, f"{r['seconds'] * 1e3:.1f}", f"{r['first_seconds']:.1f}", _gib(r["peak_bytes"]))
-            + (f"{r['hidden_states_off']:.1e}", gradient)
-        )
+        cost = (f"{r['seconds'] * 1e3:.1f}", f"{r['first_seconds']:.1f}", _gib(r["peak_bytes"]))
+        rows.append((*shape, *cost, f"{r['hidden_states_off']:.1e}", gradient))
     head = ("data", "dtype", "kernels", "tokens", "ms", "first s", "peak GiB", "hidden states off", "gradient off")
     table = _table(head, rows)
     note = "Forward and backward of some layers; off: of the norm of the plain kernels' in float32."
