@@ -1,4 +1,4 @@
-"""Part `kernels`: attention in one call and Liger's layers against the plain ones, speed and error, some layers deep."""
+"""Part `kernels`: attention in one call and Liger's layers against the plain ones: speed, error, some layers deep."""
 
 import statistics
 from typing import Any

@@ -12,6 +12,7 @@ class Outcomes:
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome != "passed":
             reason = "" if report.passed else str(report.longrepr)[-1500:]
+            print()  # pytest's dots have no line of their own
             emit("test", name=report.nodeid, outcome=report.outcome, seconds=report.duration, reason=reason)
 
 

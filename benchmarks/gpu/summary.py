@@ -132,11 +132,18 @@ def _sketches(records: Sequence[Record]) -> list[str]:
     rows = []
     for r in _of(records, "sketch"):
         if not r.get("fits", True):
-            rows.append((r["what"], r["part"], "doesn't fit", "", "", ""))
+            rows.append((r["what"], r["trainable"], "doesn't fit", "", "", ""))
             continue
         share = f"{r['of_forward_and_backward']:.2f}" if "of_forward_and_backward" in r else ""
         rows.append(
-            (r["what"], r["part"], f"{r['rows_per_second']:.1f}", share, r.get("numbers", ""), _gib(r["peak_bytes"]))
+            (
+                r["what"],
+                r["trainable"],
+                f"{r['rows_per_second']:.1f}",
+                share,
+                r.get("numbers", ""),
+                _gib(r["peak_bytes"]),
+            )
         )
     head = ("what", "of", "responses/s", "of a forward and backward of all", "numbers a response", "peak GiB")
     table = _table(head, rows)
