@@ -39,10 +39,10 @@ def parts_of(work: Path, *, dry_run: bool) -> list[Part]:
         part("train/plain", "ours", "--kernels", "plain", limit=90, reserve=30, alone=True),
         part("train/trl", "peer", limit=150, reserve=60),
         part("train/auto", "ours", "--kernels", "auto", limit=150, reserve=60, alone=True),
-        part("kernels", "kernels", limit=100, reserve=30),
+        part("kernels", "kernels", limit=100, reserve=40),
         part("tests", "marked", limit=150, reserve=30),
-        part("sketch", "sketches", limit=70, reserve=20),
-        part("auxdpo", "ours", "--auxdpo", limit=100, reserve=20, alone=True),
+        part("sketch", "sketches", limit=70, reserve=35),
+        part("auxdpo", "ours", "--auxdpo", limit=100, reserve=45, alone=True),
     ]
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 import gc
+import itertools
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -92,6 +94,28 @@ def emit(case: str, **result: Any) -> None:
 def skip(reason: str) -> None:
     """Say why this part can't be measured here."""
     emit("skipped", reason=reason)
+
+
+_STARTED = time.monotonic()
+_ends = [_STARTED]  # when each measurement ended
+
+
+def measured() -> None:
+    """Say that a measurement has ended, for `time_for_another`."""
+    _ends.append(time.monotonic())
+
+
+def time_for_another() -> bool:
+    """Whether the part's time limit leaves as long as the longest measurement took so far, and some more.
+
+    Says so where it doesn't: the results are then of fewer settings, and the part still ends well.
+    """
+    limit = float(os.environ.get("GPU_SUITE_SECONDS", "inf"))
+    longest = max((end - begin for begin, end in itertools.pairwise(_ends[1:])), default=_ends[-1] - _STARTED)
+    if _STARTED + limit - time.monotonic() > 1.5 * longest + 5:
+        return True
+    emit("no time", reason="no time for further settings")
+    return False
 
 
 def device() -> torch.device:

@@ -18,10 +18,12 @@ from benchmarks.gpu.child import (
     emit,
     forget_peak,
     free_memory,
+    measured,
     now,
     parse,
     peak_bytes,
     require_out_of_memory,
+    time_for_another,
 )
 from benchmarks.gpu.lengths import DATA
 from benchmarks.gpu.training import BETA, LEARNING_RATE, ORDERS, pair_tokens
@@ -53,6 +55,7 @@ def loop_for(sizes: Sizes, data: str, tokens_per_batch: int, kernels: str) -> Lo
         tokens_per_batch=tokens_per_batch,
         batch_order=ORDERS[data],
         layout="shared_prompts",
+        logps_chunk_tokens=sizes.ours[0][1],
         learning_rate=LEARNING_RATE,
         schedule="constant",
         warmup_share=0.0,
@@ -129,6 +132,8 @@ def throughput(runs: dict[str, tuple[TrainingRun, LoopParams]], sizes: Sizes, wo
     for number, (tokens, chunk) in enumerate(sizes.ours):
         setting = {"tokens_per_batch": tokens, "logps_chunk_tokens": chunk}
         for data, (run, loop) in runs.items():
+            if number and not time_for_another():
+                return
             run.engine.engine.module.head.chunk_tokens = chunk or default_chunk(sizes)
             if number == 0:
                 set_reference(run, loop)
@@ -142,6 +147,7 @@ def throughput(runs: dict[str, tuple[TrainingRun, LoopParams]], sizes: Sizes, wo
                 return  # the gradients of half a step are left; what comes later is larger
             emit("training", fits=True, **common, **found)
             free_memory()
+            measured()
 
 
 def default_chunk(sizes: Sizes) -> int:

@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.child import Sizes, emit, free_memory, parse, require_out_of_memory, skip
+from benchmarks.gpu.child import (
+    Sizes,
+    emit,
+    free_memory,
+    measured,
+    parse,
+    require_out_of_memory,
+    skip,
+    time_for_another,
+)
 from benchmarks.gpu.lengths import DATA
 from benchmarks.gpu.training import BETA, LEARNING_RATE, ORDERS, pair_tokens
 from pipeline.tokens.examples import open_examples
@@ -81,10 +90,15 @@ def main() -> None:
     found: dict[str, dict[int, float]] = {data: {} for data in DATA}
     for micro in sizes.micro_batch_sizes:
         for data, peer in peers.items():
-            if all(micro < size for size, speed in found[data].items() if not speed):  # else it doesn't fit either
+            if not all(micro < size for size, speed in found[data].items() if not speed):
+                continue  # a smaller one didn't fit
+            if not found[data] or time_for_another():
                 found[data][micro] = measure(pairs[data], peer, sizes, micro, {})
+                measured()
     for extra in others():
         for data, peer in peers.items():
+            if not time_for_another():
+                return
             best = max(found[data], key=found[data].__getitem__)
             try:
                 measure(pairs[data], peer, sizes, best, extra)

@@ -110,7 +110,8 @@ class Suite:
             return
         place = self._log.tell()
         self._log.write(f"\n==== {part.name}, at most {limit:.0f} s\n".encode())
-        process = self._start(part.command, self.environment | part.environment, self._log)
+        limits = {"GPU_SUITE_SECONDS": f"{limit:.0f}"}
+        process = self._start(part.command, self.environment | part.environment | limits, self._log)
         try:
             status = self._follow(part, process, began + limit)
         finally:

@@ -166,7 +166,7 @@ def _auxdpo(records: Sequence[Record]) -> list[str]:
 
 def _parts(records: Sequence[Record]) -> list[str]:
     ended = _of(records, "ended")
-    reasons = {r["part"]: r["reason"] for r in _of(records, "skipped")}
+    reasons = {r["part"]: r["reason"] for r in records if r["case"] in ("skipped", "no time")}
     rows = [(r["part"], r["status"], r["seconds"], reasons.get(r["part"], "")) for r in ended]
     lines = ["## Parts", "", *_table(("part", "ended", "seconds", "not measured"), rows)]
     for r in ended:
