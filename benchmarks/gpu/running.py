@@ -24,6 +24,7 @@ Record = dict[str, Any]
 DONE, FAILED, TIMED_OUT, SKIPPED, CUT_OFF, NO_TIME = "done", "failed", "timed out", "skipped", "cut off", "no time left"
 BAD = {FAILED, TIMED_OUT, CUT_OFF, NO_TIME}
 LEAST = 10.0  # seconds; with less a part isn't started
+RESERVED = 0.6  # of what is left at most: where time is short, the most valuable parts run
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 SHOWN = 1500  # characters of an error
 
@@ -93,8 +94,9 @@ class Suite:
             signal.signal(number, _cut_off)
         try:
             for number, part in enumerate(parts):
+                left = self._deadline - time.monotonic()
                 later = sum(other.reserve for other in parts[number + 1 :])
-                self._run(part, min(part.limit, self._deadline - time.monotonic() - later))
+                self._run(part, min(part.limit, left - min(later, RESERVED * left)))
                 summarise(self.records)
         except CutOff:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -87,8 +87,8 @@ def test_a_part_that_fails_or_hangs_costs_itself_alone(tmp_path):
 
 def test_earlier_parts_leave_later_ones_their_reserve(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "LEAST", 1.0)
-    parts = [Part("long", ["-c", FOR_EVER], 600, 0), Part("later", ["-c", WELL], 600, 60)]
-    suite = Suite(tmp_path, seconds=62, environment={})
+    parts = [Part("long", ["-c", FOR_EVER], 600, 0), Part("later", ["-c", WELL], 600, 9)]
+    suite = Suite(tmp_path, seconds=16, environment={})
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         status = suite.run(parts, lambda records: None)
