@@ -38,7 +38,8 @@ def build(name: str) -> Any:
     heads = max(2, MODELS[name]["hidden_size"] // 64)
     shape = {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "tie_word_embeddings": True}
     config = Qwen2Config(**MODELS[name], **shape, max_position_embeddings=1024)
-    return Qwen2ForCausalLM(config).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # drawing on a CPU would take longest of all
+        return Qwen2ForCausalLM(config).eval()
 
 
 def sequences(options: argparse.Namespace, vocabulary: int, rows: int) -> list[tuple[list[int], list[int]]]:

@@ -5,7 +5,8 @@
 
 The same token ids, global batches in the same order, optimizer and learning rate as `refcache train` with a constant
 schedule. The micro-batch size that is fastest on the first batch is taken. Writes JSON: seconds, loss and gradient norm
-of every step, pairs of a micro-batch, seconds of the precompute.
+of every step, pairs of a micro-batch, seconds of the precompute; on a GPU the most bytes that tensors held after the
+first step.
 """
 
 import argparse
@@ -30,14 +31,35 @@ class StepTimes(TrainerCallback):  # type: ignore[misc]
         self._started = 0.0
 
     def on_step_begin(self, *arguments: Any, **options: Any) -> None:
-        self._started = time.perf_counter()
+        self._started = now()
 
     def on_step_end(self, *arguments: Any, **options: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._started)
+        self.seconds.append(now() - self._started)
+        if len(self.seconds) == 1 and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
 
-def train(pairs: list[Pair], options: argparse.Namespace, *, micro: int, steps: int, method: str) -> dict[str, Any]:
-    """The first `steps` batches of `refcache train` with seed 0, in micro-batches of `micro` pairs."""
+def now() -> float:
+    """When all that a GPU was told is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def train(
+    pairs: list[Pair],
+    options: argparse.Namespace,
+    *,
+    micro: int,
+    steps: int,
+    method: str,
+    attention: str = "sdpa",
+    **settings: Any,
+) -> dict[str, Any]:
+    """The first `steps` batches of `refcache train` with seed 0, in micro-batches of `micro` pairs.
+
+    settings: of DPOConfig, beyond those that make it train what refcache trains. attention: as transformers calls it.
+    """
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
     from trl import DPOConfig, DPOTrainer
@@ -55,7 +77,7 @@ def train(pairs: list[Pair], options: argparse.Namespace, *, micro: int, steps: 
         for step in range(steps)
         for index in batch_indices(step, seed=0, n_examples=len(pairs), batch_size=options.batch_size, groups=groups)
     ]
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, attn_implementation=attention)
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         # From a folder of its own, so that TRL's cache of reference log-probs starts empty.
@@ -74,7 +96,7 @@ def train(pairs: list[Pair], options: argparse.Namespace, *, micro: int, steps: 
             warmup_steps=0,
             weight_decay=0.0,
             max_grad_norm=1.0,
-            optim="adamw_torch",
+            optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
             bf16=options.dtype == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
             gradient_checkpointing=False,
@@ -82,6 +104,7 @@ def train(pairs: list[Pair], options: argparse.Namespace, *, micro: int, steps: 
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            **settings,
         )
         started = time.perf_counter()
         trainer = Timed(
@@ -100,6 +123,7 @@ def train(pairs: list[Pair], options: argparse.Namespace, *, micro: int, steps: 
         "grad_norm": [row["grad_norm"] for row in rows],
         "micro_batch_size": micro,
         "preparation": prepared,
+        "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
 
 

@@ -4,6 +4,7 @@ One call for each group (prompt_groups.py) suits a CPU; a GPU waits for the laun
 FlexAttention knows the mask in blocks of 128 x 128 tokens and skips those that it hides.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -50,7 +51,12 @@ def attend_at_once(
 @cache
 def compiled() -> Callable[..., Tensor]:
     # fullgraph: what can't be compiled is an error, where PyTorch would go on with all scores in memory.
-    options: dict[str, Any] = {"fullgraph": True, "recompile_limit": _VARIANTS}  # the stubs lack the second
+    options: dict[str, Any] = {"fullgraph": True}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options["recompile_limit"] = _VARIANTS
+    else:  # torch 2.11 has it for the whole process alone
+        limits: Any = torch._dynamo.config
+        limits.recompile_limit = max(_VARIANTS, limits.recompile_limit)
     made: Callable[..., Tensor] = torch.compile(flex_attention, **options)
     return made
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from pipeline.errors import RequestError
 from pipeline.params.data import ModelParams, PrepareParams
@@ -20,8 +18,23 @@ from pipeline.params.scoring import EvaluateParams, ScoreParams, SketchParams
 from pipeline.params.suites import check_suites
 from pipeline.params.training import SftParams, Trainable, TrainParams, variant_loop
 
-# ruamel reads YAML 1.2, as DVC does; PyYAML would take 1e-6 for a string.
-_yaml = YAML(typ="safe", pure=True)
+
+class _NoYaml(Exception):
+    """A text is not valid YAML; the message says where and why."""
+
+
+def _parsed(text: str) -> Any:
+    """By ruamel, which reads YAML 1.2, as DVC does; PyYAML would take 1e-6 for a string. Raises _NoYaml.
+
+    Imported here: training and sketching are told their sections as JSON, and shall run where ruamel isn't installed.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise _NoYaml(str(error)) from error
 
 
 class SweepParams(Section):
@@ -99,8 +112,8 @@ def load_params(file: Path, overrides: Sequence[str] = ()) -> Params:
     if not file.is_file():
         raise RequestError(f"{file} does not exist. Run from the project's folder, or name a file with --params.")
     try:
-        raw = _yaml.load(file.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError) as error:
+        raw = _parsed(file.read_text(encoding="utf-8"))
+    except (_NoYaml, UnicodeDecodeError) as error:
         raise RequestError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise RequestError(f"{file} must hold sections (model, prepare, ...), found {type(raw).__name__}.")
@@ -129,9 +142,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise RequestError(f"--set {override!r}: {parent} holds {child!r}, not a section")
         node = child
     try:
-        node[key] = _yaml.load(text) if text else None
-    except YAMLError as error:
-        found = " ".join(str(getattr(error, "problem", None) or error).split())
+        node[key] = _parsed(text) if text else None
+    except _NoYaml as error:
+        found = " ".join(str(getattr(error.__cause__, "problem", None) or error).split())
         raise RequestError(
             f"--set {override!r}: {text!r} is not valid YAML ({found}); within {{}} a space follows each colon"
         ) from None

@@ -126,7 +126,7 @@ def run_loop(
         RunRecord(work, start, saved=place(checkpoints, start), trackers=trackers(start)) if not engine.rank else None
     )
     for step in range(start, steps):
-        row = _step_row(run, loop, step, steps=steps, seed=seed, checkpoints=checkpoints)
+        row = step_row(run, loop, step, steps=steps, seed=seed, checkpoints=checkpoints)
         if record:
             record.trained(row)
         if held_out and held_out.due(step + 1, steps):
@@ -144,7 +144,7 @@ def run_loop(
     return start
 
 
-def _step_row(
+def step_row(
     run: TrainingRun, loop: LoopParams, step: int, *, steps: int, seed: int, checkpoints: Path
 ) -> dict[str, float]:
     """Make optimizer step `step` (0-based); its row of the history."""
