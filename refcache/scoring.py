@@ -5,13 +5,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import polars as pl
-import pyarrow as pa
 
 from cache import prompt_key, response_key
-from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, write_table
 from pipeline.params import PrepareParams, ScoreParams
 from pipeline.workspace import scratch_folder
 from refcache.encoding import Pair, Rows, TextEncoder
+from refcache.prepared import Response, write_prepared
 from refcache.texts import Cache
 
 
@@ -41,7 +40,7 @@ def score(
     encoded = encoder.pairs(pairs)
     with TemporaryDirectory(dir=scratch_folder(), prefix="api-") as name:
         folder = Path(name)
-        write_prepared(folder / "pairs", encoded)
+        _write(folder / "pairs", encoded)
         published = folder / "logps" if out is None else Path(out)
         score_responses(
             pairs=folder / "pairs",
@@ -54,27 +53,12 @@ def score(
         return Cache(published, tokenizer=encoder.tokenizer, prepare=prepare, views=folder / "views").values_of(encoded)
 
 
-def write_prepared(folder: Path, pairs: list[Pair]) -> None:
-    """Write the tables that `prepare` would have written (pipeline/data/tables.py), all on the training side."""
-    sides = {
-        response_key(*side): (pair.prompt, text, *side)
+def _write(folder: Path, pairs: list[Pair]) -> None:
+    responses = {
+        response_key(*side): Response(*side, pair.prompt, text)
         for pair in pairs
         for text, side in zip((pair.chosen_text, pair.rejected_text), pair.sides, strict=True)
     }
-    responses = [
-        {
-            "response_key": key,
-            "prompt_key": prompt_key(prompt_ids),
-            "split": "train",
-            "prompt_ids": prompt_ids,
-            "response_ids": response_ids,
-            "truncated": False,
-            "prompt_text": prompt,
-            "response_text": text,
-            "reward": None,
-        }
-        for key, (prompt, text, prompt_ids, response_ids) in sorted(sides.items())
-    ]
     rows = [
         {
             "pair_id": number,
@@ -89,5 +73,4 @@ def write_prepared(folder: Path, pairs: list[Pair]) -> None:
         }
         for number, pair in enumerate(pairs)
     ]
-    write_table(pa.Table.from_pylist(responses, RESPONSES_SCHEMA), folder / "responses.parquet", RESPONSES_SCHEMA)
-    write_table(pa.Table.from_pylist(rows, PAIRS_SCHEMA), folder / "pairs.parquet", PAIRS_SCHEMA)
+    write_prepared(folder, responses, rows)

@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from cache import CacheIncomplete, ReferenceIdentity, open_reference, response_key
+from cache import CacheIncomplete, ReferenceIdentity, response_key
 from pipeline.errors import RequestError
 from pipeline.params import PrepareParams
 from refcache.encoding import Pair, Rows, Side, TextEncoder
-from refcache.lookup import ReferenceLookup
+from refcache.lookup import Paths, ReferenceLookup
 
 SCHEMA: dict[str, Any] = {
     "row": pl.Int64,
@@ -35,36 +35,36 @@ class Cache:
 
     def __init__(
         self,
-        path: Path | str,
+        path: Paths,
         *,
         tokenizer: Any = None,
         prepare: PrepareParams | None = None,
         views: Path | None = None,
     ) -> None:
-        """path: a folder that `refcache score` published, or its address (s3://...).
+        """path: a folder that `refcache score` published, or its address (s3://...), or several of one reference.
 
         tokenizer: a transformers tokenizer or the folder of one, needed to ask by texts; prepare: the section of
         params.yaml that the cache was prepared with (`pipeline.params.load_params`), None for its defaults: texts are
         rendered, tokenised and cut by it, and a cache holds nothing for texts that were cut otherwise. views: where the
-        memory-mapped copy of the rows is kept (None: .refcache/views). Raises what `cache.open_reference` raises.
+        memory-mapped copy of the rows is kept (None: .refcache/views). Raises what `cache.open_reference` raises, and
+        CacheMismatch for folders of different references.
         """
         self._encoder = None if tokenizer is None else TextEncoder(tokenizer, prepare)
-        self._reference = open_reference(path, expect=None)
         decode = None if self._encoder is None else self._encoder.tokenizer.decode
         self._lookup = ReferenceLookup(path, views=views, decode=decode)
 
     @property
     def identity(self) -> ReferenceIdentity:
         """Which reference computed these values, and how."""
-        return self._reference.identity
+        return self._lookup.references[0].identity
 
     def __len__(self) -> int:
-        """How many responses it holds."""
-        return self._reference.n_rows
+        """How many responses it holds; one that is in several folders counts in each."""
+        return sum(reference.n_rows for reference in self._lookup.references)
 
     def scan(self) -> pl.LazyFrame:
         """All rows, lazily; the columns are in docs/cache-format.md."""
-        return self._reference.scan()
+        return pl.concat([reference.scan() for reference in self._lookup.references])
 
     def token_logps(self, prompt: Any, response: Any) -> npt.NDArray[np.float32]:
         """log p(token | all before it) of each response token, nats, (response length,).
@@ -118,7 +118,7 @@ class Cache:
     def _require_encoder(self) -> TextEncoder:
         if self._encoder is None:
             raise RequestError(
-                f"{self._reference.place} was opened without a tokenizer, so that it answers for token ids alone. Give "
+                f"{self._lookup.places} was opened without a tokenizer, so that it answers for token ids alone. Give "
                 "the one that prepare wrote: Cache(..., tokenizer='data/prepared/tokenizer')."
             )
         return self._encoder

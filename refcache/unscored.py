@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from cache import prompt_key, response_key
-from pipeline.data.tables import PAIRS_SCHEMA, RESPONSES_SCHEMA, write_table
+from cache import response_key
 from refcache.lookup import Decode
+from refcache.prepared import Response, write_prepared
 
 
 class Unscored(NamedTuple):
@@ -38,24 +37,11 @@ def unscored_folder(parent: Path, rows: Sequence[Unscored]) -> Path:
 
 def write_unscored(folder: Path, rows: Sequence[Unscored], decode: Decode | None) -> None:
     """Write the distinct rows as prepared responses (docs/data.md) without pairs. decode: None leaves texts empty."""
-    distinct = {row.key: row for row in rows}
-    ordered = [distinct[key] for key in sorted(distinct)]
-    prompts = [row.prompt_ids.tolist() for row in ordered]
-    responses = [row.response_ids.tolist() for row in ordered]
-    texts = [[decode(ids) if decode else "" for ids in side] for side in (prompts, responses)]
-    columns = {
-        "response_key": [row.key for row in ordered],
-        "prompt_key": [prompt_key(row.prompt_ids) for row in ordered],
-        "split": ["train"] * len(ordered),
-        "prompt_ids": prompts,
-        "response_ids": responses,
-        "truncated": [False] * len(ordered),
-        "prompt_text": texts[0],
-        "response_text": texts[1],
-        "reward": [None] * len(ordered),
-    }
-    write_table(pa.table(columns, RESPONSES_SCHEMA), folder / "responses.parquet", RESPONSES_SCHEMA)
-    write_table(PAIRS_SCHEMA.empty_table(), folder / "pairs.parquet", PAIRS_SCHEMA)
+    responses = {}
+    for row in rows:
+        ids = row.prompt_ids.tolist(), row.response_ids.tolist()
+        responses[row.key] = Response(*ids, *(decode(side) if decode else "" for side in ids))
+    write_prepared(folder, responses)
 
 
 def scoring_advice(folder: Path) -> str:

@@ -198,6 +198,7 @@ def made_up_offsets(run: TrainingRun, responses: int, width: int) -> Offsets:
         gradients,
         slice(0, responses),
         params,
+        mean_square=1.0,
         sum_over_ranks=run.engine.sum_over_ranks,
     )
 
