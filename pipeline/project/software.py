@@ -39,8 +39,8 @@ def software_checks() -> Iterator[Check]:
     for extra, purpose in EXTRAS.items():
         of_extra = [each for each in parsed if _applies(each, extra) and not _applies(each, None)]
         if not of_extra:
-            mend = pip("install", "--force-reinstall", "--no-deps", "refcache")
-            yield Check(f"extra {extra}", "warning", "unknown to the installed refcache, which is an older one", mend)
+            again = pip("install", "--force-reinstall", "--no-deps", "refcache")
+            yield Check(f"extra {extra}", "warning", "unknown to the installed refcache, which is an older one", again)
             continue
         lacking = [each.name for each in of_extra if installed(each.name) is None]
         found = f"absent ({', '.join(lacking)})" if lacking else "installed"

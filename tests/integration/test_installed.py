@@ -47,7 +47,7 @@ def installed(tmp_path_factory) -> dict[str, str]:
     [packages] = (root / "venv/lib").glob("python*/site-packages")
     # Its own .pth files stay unread this way, and with them the one of an editable installation.
     (packages / "others.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
-    [scripts] = {Path(sys.executable).parent}
+    scripts = Path(sys.executable).parent
     (root / "venv/bin/dvc").write_text(f"#!{python}\nfrom dvc.cli import main\nraise SystemExit(main())\n")
     (root / "venv/bin/dvc").chmod(0o755)
     search = os.pathsep.join([str(root / "venv/bin"), str(scripts), os.environ["PATH"]])
