@@ -2,6 +2,7 @@
 
 import os
 import site
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,3 +19,8 @@ def child_environment(environment: Mapping[str, str] = os.environ) -> dict[str, 
     if str(HOME) not in site.getsitepackages():  # which are searched anyway, and first they would hide the library's
         search = os.pathsep.join(filter(None, [str(HOME), search]))
     return {**environment, "PYTHONSAFEPATH": "1"} | ({"PYTHONPATH": search} if search else {})
+
+
+def same_path_environment() -> dict[str, str]:
+    """The same for a process that imports what this one could import, in the same order."""
+    return child_environment(os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.children import child_environment
+from pipeline.children import same_path_environment
 from pipeline.data.counting import Tally
 from pipeline.data.inputs import Inputs
 from pipeline.data.pairing import BATCH_ROWS, PairStream
@@ -98,7 +98,7 @@ class _Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=child_environment() | PLAIN_MEMORY,
+                env=same_path_environment() | PLAIN_MEMORY,
             )
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asdict(shard)).encode() + b"\n")

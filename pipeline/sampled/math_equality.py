@@ -7,7 +7,7 @@ import sys
 from types import TracebackType
 from typing import Self
 
-from pipeline.children import child_environment
+from pipeline.children import same_path_environment
 from pipeline.errors import RequestError, RunFailed
 from pipeline.sampled.math_worker import READY, SECONDS
 
@@ -59,7 +59,7 @@ class MathEquality:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env=child_environment() | {"PYTHONIOENCODING": "utf-8"},
+            env=same_path_environment() | {"PYTHONIOENCODING": "utf-8"},
         )
         assert process.stdout is not None
         if process.stdout.readline() != READY:
