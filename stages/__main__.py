@@ -2,12 +2,16 @@
 
 import importlib
 import sys
+from copy import copy
+from pathlib import Path
 from typing import Any
 
 import click
 
 # name -> line in the group's help; each lives in stages/<name>.py as `command`, imported only when it runs.
 COMMANDS = {
+    "new": "Write a project of one's own, for `dvc repro`.",
+    "doctor": "Check this machine and say what mends it.",
     "prepare": "Read preference data; tokenise, split and key it.",
     "suites": "Tokenise and key the pair sets that policies are judged by.",
     "sft": "Fine-tune (or take as it is) the reference model.",
@@ -27,6 +31,10 @@ COMMANDS = {
 }
 
 
+# Those of dvc.yaml, which write what a project keeps.
+OF_DVC = {"prepare", "suites", "sft", "sample", "score", "sketch", "constraint", "train", "evaluate", "report"}
+
+
 class StageGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -36,7 +44,7 @@ class StageGroup(click.Group):
             return None
         command = importlib.import_module(f"stages.{cmd_name.replace('-', '_')}").command
         assert isinstance(command, click.Command)
-        return command
+        return _of_one_version(command) if cmd_name in OF_DVC else command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # click would import every command for its help line, and with it seconds of pydantic and pyarrow.
@@ -54,6 +62,22 @@ class StageGroup(click.Group):
                 raise
             click.echo(f"Error: {error}", err=True)
             ctx.exit(code)
+
+
+def _of_one_version(command: click.Command) -> click.Command:
+    """`command`, which runs only where the project in the working folder is one for this version of refcache."""
+    callback = command.callback
+    assert callback is not None
+
+    def checked(*arguments: Any, **options: Any) -> Any:
+        from pipeline.project.version import check_version
+
+        check_version(Path.cwd())
+        return callback(*arguments, **options)
+
+    command = copy(command)
+    command.callback = checked
+    return command
 
 
 def exit_code(error: Exception) -> int | None:
@@ -85,4 +109,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from refcache.packages import ForeignPackage, check_packages
+
+    try:
+        check_packages()  # `python -m` looks into the working folder first
+    except ForeignPackage as foreign:
+        print(f"Error: {foreign}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(main(prog_name="refcache"))

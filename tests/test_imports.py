@@ -19,6 +19,7 @@ ARROWS = {
     "params": "",
     "objectives": "",
     "report": "",
+    "project": "params report.vega",
     "model": "params",
     "trainable": "params model",
     "forward": "params model",
@@ -41,12 +42,19 @@ ARROWS = {
     " reference.identity reference.drift",
     "upkeep": "params model trainable forward data tokens sketches auxdpo engine.rows reference",
 }
-OPEN = {"errors", "files", "hub", "progress", "workspace"}  # modules of pipeline/ itself, for every room
+OPEN = {"children", "errors", "files", "hub", "progress", "workspace"}  # modules of pipeline/ itself, for every room
 ENGINES = {"vllm": "pipeline/engine/vllm_engine.py", "deepspeed": "pipeline/training/deepspeed_engine.py"}
 RAY = {f"pipeline/cluster/{name}.py" for name in ("actor", "local_cluster", "session")}
 ENGINE_FREE = ["params", "objectives", "report", "model", "trainable", "forward", "published", "encoding", "data"]
 ENGINE_FREE += ["tokens", "sketches", "auxdpo"]
-TORCH_FREE = ["cache", "pipeline.params", "pipeline.report", "pipeline.upkeep.inspection", "pipeline.upkeep.garbage"]
+TORCH_FREE = [
+    "cache",
+    "pipeline.params",
+    "pipeline.project",
+    "pipeline.report",
+    "pipeline.upkeep.inspection",
+    "pipeline.upkeep.garbage",
+]
 
 
 def tops(file: Path) -> set[str]:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from pipeline.children import child_environment
 from pipeline.errors import RunFailed
 
 OBJECT_STORE_BYTES = 256 << 20  # shared memory; a call with its answer takes a megabyte or two
@@ -32,11 +33,9 @@ class LocalCluster:
         # listens on the machine's address, whatever it is told), and Ray's own choice is a file in the user's home.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        here = str(Path(__file__).parents[2])  # also where this package is not installed
-        search = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.cluster.local_cluster", str(self._folder)],
-            env=os.environ | {"PYTHONPATH": search, "RAY_USAGE_STATS_ENABLED": "0"},
+            env=child_environment() | {"RAY_USAGE_STATS_ENABLED": "0"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=(self._folder / "stderr").open("wb"),

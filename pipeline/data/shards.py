@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.children import same_path_environment
 from pipeline.data.counting import Tally
 from pipeline.data.inputs import Inputs
 from pipeline.data.pairing import BATCH_ROWS, PairStream
@@ -97,7 +98,7 @@ class _Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | PLAIN_MEMORY,
+                env=same_path_environment() | PLAIN_MEMORY,
             )
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asdict(shard)).encode() + b"\n")

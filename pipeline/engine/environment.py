@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from pipeline.children import child_environment
 from pipeline.engine.server import CPUS
 from pipeline.errors import RequestError
 from pipeline.params import ScoreParams
@@ -26,10 +27,7 @@ def engine_environment(params: ScoreParams) -> dict[str, str]:
     if params.enforce_eager:
         # vLLM would still compile the kernel that ranks tokens, in the first call: 3 to 6 s for ranks nobody asked for.
         defaults["TORCHDYNAMO_DISABLE"] = "1"
-    # This package must be found again, also where it is not installed and the stage runs in another folder.
-    here = str(Path(__file__).parents[2])
-    search = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    return defaults | os.environ | {"PYTHONPATH": search}
+    return child_environment(defaults | os.environ)
 
 
 def engine_places(params: ScoreParams, count: int) -> list[dict[str, str]]:

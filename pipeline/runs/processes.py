@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline.children import child_environment
 from pipeline.errors import RequestError
 
 HOSTFILE, OPTIONS = "REFCACHE_HOSTFILE", "REFCACHE_LAUNCHER_OPTIONS"
@@ -84,7 +85,7 @@ def rank_command(job: Path, ranks: int, hosts: Path | None) -> list[str]:
 
 
 def _environment(ranks: int) -> dict[str, str]:
-    environment = dict(os.environ)
+    environment = child_environment()
     if ranks == 1:
         environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}

@@ -2,12 +2,12 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from types import TracebackType
 from typing import Self
 
+from pipeline.children import same_path_environment
 from pipeline.errors import RequestError, RunFailed
 from pipeline.sampled.math_worker import READY, SECONDS
 
@@ -59,7 +59,7 @@ class MathEquality:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONIOENCODING": "utf-8"},
+            env=same_path_environment() | {"PYTHONIOENCODING": "utf-8"},
         )
         assert process.stdout is not None
         if process.stdout.readline() != READY:
