@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAV: dict[str, list[tuple[str | None, str]]] = {
     "Start": [
         ("Quickstart", "docs/quickstart"),
+        ("A project of your own", "docs/project"),
         ("Your data", "docs/data"),
         ("Files to put in", "data/input/README"),
         ("Models", "docs/models"),

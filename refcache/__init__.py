@@ -28,4 +28,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    from refcache.packages import check_packages
+
+    check_packages()
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

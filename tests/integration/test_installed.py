@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,8 @@ def test_the_wheel_is_what_runs(installed, tmp_path):
     code = "import cache, pipeline, refcache, stages; print(cache, pipeline, refcache, stages)"
     done = run(tmp_path, "python", "-P", "-c", code, **installed)
     assert done.stdout.count("/venv/lib/") == 4 and str(ROOT) not in done.stdout, done.stderr
+    folders = [Path(place).parent for place in re.findall(r"from '(.*?)'", done.stdout)]
+    assert len(folders) == 4 and all((folder / "py.typed").exists() for folder in folders)
     done = run(tmp_path, "refcache", "--help", **installed)
     assert done.returncode == 0 and "doctor" in done.stdout
 
