@@ -15,11 +15,16 @@
 # - daft's Binary[16] can't be compared with bytes; cast to Binary first.
 # - pyarrow's fragments are pruned where the value has the column's own type (pa.scalar(key, pa.binary(16))), and not where
 #   it is plain bytes, though the rows that come are the same.
+# - pyarrow's Table.join takes no columns of lists; index_in and take do it.
+# - chdb's left join has 0 as the log-prob of a row that is not there, unless join_use_nulls = 1; lists are empty even then.
 # Fails where that changes.
 set -euo pipefail
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
-install() { python3 -m venv "$place/$1"; "$place/$1/bin/pip" --disable-pip-version-check install --quiet "${@:2}" 2>/dev/null; }
+install() {
+  python3 -m venv "$place/$1"
+  "$place/$1/bin/pip" --disable-pip-version-check install --quiet "${@:2}" 2>/dev/null
+}
 install most polars==2.1.0 pyarrow==26.0.1 pandas==3.1.1 duckdb==2.0.1 chdb==4.4.0 datasets==5.2.0 fastparquet==2026.9.0
 install datafusion datafusion==55.0.0  # these two want other versions of pyarrow
 install daft daft==0.7.26
@@ -40,7 +45,8 @@ halves = np.float16(np.random.default_rng(0).normal(size=(ROWS, 8)))
 key = pa.field("response_key", pa.binary(16), nullable=False)
 number = pa.field("element", pa.float32(), nullable=False)
 rows = {"response_key": keys, "sum_logp": [float(row.sum()) for row in logps], "token_logps": logps}
-schema = pa.schema([key, pa.field("sum_logp", pa.float64()), pa.field("token_logps", pa.list_(number))])
+required = {"sum_logp": pa.float64(), "token_logps": pa.list_(number)}
+schema = pa.schema([key, *(pa.field(name, kind, nullable=False) for name, kind in required.items())])
 options = {"row_group_size": ROWS // GROUPS, "use_dictionary": False, "compression": "zstd"}
 options["sorting_columns"] = [pq.SortingColumn(0)]
 split = {"sum_logp": "BYTE_STREAM_SPLIT", "token_logps.list.element": "BYTE_STREAM_SPLIT"}
@@ -65,6 +71,9 @@ with open("written.json") as file:
     WRITTEN = json.load(file)
 KEYS = [bytes.fromhex(key) for key in WRITTEN["keys"]]
 ROW, KEY = next((row, key) for row, key in enumerate(KEYS) if row > 700 and key.endswith(b"\0"))
+ABSENT = b"is not there 16b"
+ASKED = {"response_key": [KEY, ABSENT]}
+IN_SQL = "(select {0} as response_key union all select {1}) asked".format  # a bytes literal or an expression
 
 
 def read_polars():
@@ -72,6 +81,8 @@ def read_polars():
 
     frame = pl.read_parquet(LOGPS)
     yield frame["response_key"].to_list(), frame["token_logps"].to_list()
+    joined = pl.DataFrame(ASKED).join(frame, on="response_key", how="left", validate="m:1")
+    yield joined["token_logps"].to_list()
     code = f"import polars as pl; pl.scan_parquet('{LOGPS}').filter(pl.col('response_key') == pl.lit({KEY!r})).collect()"
     said = subprocess.run([sys.executable, "-c", code], env=os.environ | {"POLARS_VERBOSE": "1"}, capture_output=True)
     yield re.search(r"reading (\d+ / \d+) row groups", said.stderr.decode())[1].replace("/", "of")
@@ -86,11 +97,13 @@ def read_pyarrow():
 
     table = pq.read_table(LOGPS)
     yield table["response_key"].to_pylist(), table["token_logps"].to_pylist()
+    asked = pa.table({"response_key": pa.array(ASKED["response_key"], pa.binary(16))})
+    position = pc.index_in(asked["response_key"], table["response_key"])  # its own join takes no columns of lists
+    yield table["token_logps"].take(position).to_pylist()
     fragment = next(ds.dataset(LOGPS).get_fragments())
     of = fragment.metadata.num_row_groups
-    typed, plain = (
-        len(fragment.split_by_row_group(pc.field("response_key") == value)) for value in (pa.scalar(KEY, pa.binary(16)), KEY)
-    )
+    values = pa.scalar(KEY, pa.binary(16)), KEY
+    typed, plain = (len(fragment.split_by_row_group(pc.field("response_key") == value)) for value in values)
     yield f"{typed} of {of}, of plain bytes {plain} of {of}"
     yield pq.read_table(SKETCHES)["head"].to_pylist()
 
@@ -100,6 +113,8 @@ def read_pandas():
 
     frame = pd.read_parquet(LOGPS)
     yield frame["response_key"].tolist(), frame["token_logps"].tolist()
+    joined = pd.DataFrame(ASKED).merge(frame, on="response_key", how="left", validate="m:1")["token_logps"]
+    yield [None if isinstance(row, float) else row.tolist() for row in joined]  # NaN where there is none
     assert len(pd.read_parquet(LOGPS, filters=[("response_key", "==", KEY)])) == 1
     yield "not visible"
     yield pd.read_parquet(SKETCHES)["head"].tolist()
@@ -111,6 +126,9 @@ def read_duckdb():
     connection = duckdb.connect()
     keys, logps = zip(*connection.sql(f"select response_key, token_logps from '{LOGPS}'").fetchall())
     yield keys, logps
+    asked = IN_SQL(*(f"unhex('{key.hex()}')" for key in ASKED["response_key"]))
+    joined = connection.sql(f"select token_logps, response_key from {asked} left join '{LOGPS}' using (response_key)")
+    yield in_order((key, row) for row, key in joined.fetchall())
     query = f"explain analyze select sum_logp from '{LOGPS}' where response_key = unhex('{KEY.hex()}')"
     plan = connection.sql(query).fetchall()[0][1]
     yield re.search(r"Row Groups Scanned: (\d+ / \d+)", plan)[1].replace("/", "of")
@@ -126,6 +144,9 @@ def read_datafusion():
     context.register_parquet("sketches", SKETCHES)
     rows = context.sql("select response_key, token_logps from logps").to_pydict()
     yield rows["response_key"], rows["token_logps"]
+    asked = IN_SQL(*(f"arrow_cast(X'{key.hex()}', 'FixedSizeBinary(16)')" for key in ASKED["response_key"]))
+    joined = context.sql(f"select asked.response_key, token_logps from {asked} left join logps using (response_key)")
+    yield in_order(zip(*joined.to_pydict().values()))
     query = f"explain analyze select sum_logp from logps where response_key = X'{KEY.hex()}'"
     plan = str(context.sql(query).to_pydict()["plan"])
     total, matched = re.search(r"row_groups_pruned_statistics=(\d+) total → (\d+) matched", plan).groups()
@@ -146,8 +167,8 @@ def read_daft():
     else:
         raise AssertionError("daft compares Binary[16] with bytes")
     cast = frame.with_column("response_key", daft.col("response_key").cast(daft.DataType.binary()))
-    found = daft.from_pydict({"response_key": [KEY, b"is not there 16b"]}).join(cast, on="response_key", how="left")
-    assert sorted(found.to_pydict()["token_logps"], key=str) == sorted([WRITTEN["logps"][ROW], None], key=str)
+    joined = daft.from_pydict(ASKED).join(cast, on="response_key", how="left").to_pydict()
+    yield in_order(zip(joined["response_key"], joined["token_logps"]))
     yield "not visible"
     yield daft.read_parquet(SKETCHES).to_pydict()["head"]
 
@@ -163,6 +184,14 @@ def read_chdb():
     kinds = Counter(type(key).__name__ for key in frame["response_key"])
     assert kinds == {"bytearray": len(KEYS) - 1, "str": 1}, kinds
     yield rows["response_key"].to_pylist(), rows["token_logps"].to_pylist()
+    asked = IN_SQL(*(f"toFixedString(unhex('{key.hex()}'), 16)" for key in ASKED["response_key"]))
+    query = f"select asked.response_key as key, sum_logp, token_logps from {asked} left join "
+    query += f"file('{LOGPS}', Parquet) as logps on asked.response_key = logps.response_key"
+    # Without the setting an absent row is a log-prob of 0.
+    assert 0.0 in chdb.query(query, "ArrowTable")["sum_logp"].to_pylist()
+    joined = chdb.query(query + " settings join_use_nulls = 1", "ArrowTable").to_pydict()
+    assert None in joined["sum_logp"] and 0.0 not in joined["sum_logp"]
+    yield in_order((key, row or None) for key, row in zip(joined["key"], joined["token_logps"]))  # lists stay empty
     yield "not visible"
     yield table("head", SKETCHES)["head"].to_pylist()
 
@@ -180,6 +209,9 @@ def read_datasets():
     lost = [key for key, found in zip(KEYS, plain.with_format("numpy")[:]["response_key"]) if bytes(found) != key]
     assert lost and lost == [key for key in KEYS if key.endswith(b"\0")]
     yield plain["response_key"][:], plain["token_logps"][:]
+    import polars as pl
+
+    yield pl.DataFrame(ASKED).join(plain.with_format("polars")[:], on="response_key", how="left")["token_logps"].to_list()
     yield "not visible"
     yield rows(SKETCHES)["head"][:]
 
@@ -193,8 +225,15 @@ def read_fastparquet():
     except NotImplementedError as error:
         logps = str(error)
     yield keys, logps
+    yield [None, None]  # nothing to join
     yield "not visible"
     yield fastparquet.ParquetFile(SKETCHES).to_pandas(columns=["head"])["head"].tolist()
+
+
+def in_order(pairs):
+    found = dict(pairs)
+    assert found.keys() == set(ASKED["response_key"]), found
+    return [found[key] for key in ASKED["response_key"]]
 
 
 def judge(found, written):
@@ -206,6 +245,7 @@ def judge(found, written):
 reader = sys.argv[1]
 steps = globals()[f"read_{reader}"]()
 keys, logps = next(steps)
+joined = "right" if next(steps) == [WRITTEN["logps"][ROW], None] else "no"
 pruned = next(steps)
 try:
     halves = judge(next(steps), WRITTEN["halves"])
@@ -213,7 +253,7 @@ except Exception as error:
     halves = type(error).__name__ + ": " + str(error).splitlines()[0][:60]
 kinds = "/".join(sorted({type(key).__name__ for key in keys}))
 whole = "whole" if list(keys) == KEYS else "cut" if all(k.rstrip(b"\0") == f for k, f in zip(KEYS, keys)) else "wrong"
-print(" | ".join([reader, kinds, whole, judge(logps, WRITTEN["logps"]), pruned, halves]))
+print(" | ".join([reader, kinds, whole, judge(logps, WRITTEN["logps"]), joined, pruned, halves]))
 PYTHON
 cd "$place"
 most/bin/python write.py
@@ -223,14 +263,14 @@ try() {  # environment, reader, expected line
   echo "$found"
   [ "$found" = "$2 | $3" ] || { echo "  this changed; it was: $3"; changed=1; }
 }
-echo "reader | key as | key | float32 lists | row groups read for one key | float16, byte-stream-split"
-try most polars "bytes | whole | right | 1 of 10 | right"
-try most pyarrow "bytes | whole | right | 1 of 10, of plain bytes 10 of 10 | right"
-try most pandas "bytes | whole | right | not visible | right"
-try most duckdb "bytes | whole | right | 1 of 10 | Error: BYTE_STREAM_SPLIT encoding is only supported for FLOAT, DOUB"
-try datafusion datafusion "bytes | whole | right | 1 of 10 | right"
-try daft daft "bytes | whole | right | not visible | right"
-try most chdb "bytes | whole | right | not visible | right"
-try most datasets "bytes | whole | right | not visible | right"
-try most fastparquet "bytes | cut | Encoding 9 | not visible | NotImplementedError: Encoding 9"
+echo "reader | key as | key | float32 lists | left join | row groups read for one key | float16, byte-stream-split"
+try most polars "bytes | whole | right | right | 1 of 10 | right"
+try most pyarrow "bytes | whole | right | right | 1 of 10, of plain bytes 10 of 10 | right"
+try most pandas "bytes | whole | right | right | not visible | right"
+try most duckdb "bytes | whole | right | right | 1 of 10 | Error: BYTE_STREAM_SPLIT encoding is only supported for FLOAT, DOUB"
+try datafusion datafusion "bytes | whole | right | right | 1 of 10 | right"
+try daft daft "bytes | whole | right | right | not visible | right"
+try most chdb "bytes | whole | right | right | not visible | right"
+try most datasets "bytes | whole | right | right | not visible | right"
+try most fastparquet "bytes | cut | Encoding 9 | no | not visible | NotImplementedError: Encoding 9"
 exit $changed
