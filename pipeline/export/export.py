@@ -87,6 +87,8 @@ def _require_sense(to: str, splits: Sequence[str], allow_missing: bool, hash: st
             "--hash names the file that open-instruct looks for: give it with --to open-instruct, and only there. Its "
             "log says `Reference logprobs cache path: .../HASH.pt` as a run begins."
         )
+    if hash is not None and not hash.isalnum():
+        raise RequestError(f"--hash is {hash!r}; it is the letters and digits before .pt in the path in that log.")
     if to == "open-instruct" and len(splits) > 1:
         raise RequestError("--to open-instruct writes one file for one data set: give one --split.")
 

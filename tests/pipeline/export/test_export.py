@@ -160,6 +160,7 @@ def test_a_token_that_the_tokenizer_puts_first_itself_is_not_in_the_text(project
         (["--to", "open-instruct"], "--hash names the file"),
         (["--to", "parquet", "--hash", "0a"], "--hash names the file"),
         (["--to", "open-instruct", "--hash", "0a", "--split", "train", "--split", "test"], "one --split"),
+        (["--to", "open-instruct", "--hash", "../0a"], "letters and digits before .pt"),
         (["--to", "fairseq2", "--allow-missing"], "no way to say that a pair has no log-prob"),
     ],
 )
