@@ -140,14 +140,18 @@ def test_fairseq2_has_targets_without_the_end_that_its_encoder_adds(project, exp
 
 def test_a_token_that_the_tokenizer_puts_first_itself_is_not_in_the_text(project, tmp_path, export):
     tokenizer = Tokenizer.from_file(str(project.model / "tokenizer.json"))
-    tokenizer.post_processor = processors.TemplateProcessing(single="w3 $A", special_tokens=[("w3", 3)])
+    first = int(pairs_of(project, "train")[0]["prompt_text"].split()[0][1:])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"w{first} $A", special_tokens=[(f"w{first}", first)]
+    )
     (tmp_path / "tokenizer").mkdir()
-    for name in ("tokenizer_config.json",):
-        (tmp_path / "tokenizer" / name).write_bytes((project.model / name).read_bytes())
+    config = (project.model / "tokenizer_config.json").read_bytes()
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_bytes(config)
     tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
     result, out = export("trl", tokenizer=tmp_path / "tokenizer")
     frame = pl.read_parquet(out / "train.parquet")
-    starts = [row["prompt_ids"][0] == 3 for row in frame.to_dicts()]
+    starts = [row["prompt_ids"][0] == first for row in frame.to_dicts()]
+    assert 0 < sum(starts) < len(starts)
     for row, starts_so in zip(frame.to_dicts(), starts, strict=True):
         assert [int(word[1:]) for word in row["prompt"].split()] == row["prompt_ids"][starts_so:]
     # All other prompts get a token that they were not scored with, and the export says so.
