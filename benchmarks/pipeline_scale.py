@@ -90,6 +90,11 @@ def collect(place: Place) -> list[str]:
     return place.stage("gc", *words)
 
 
+def export(place: Place, to: str) -> list[str]:
+    words = ["--pairs", place.pairs, "--reference", place.logps, "--out", place.folder / to]
+    return place.stage("export", "--to", to, *words)
+
+
 def training_data(place: Place, what: str) -> list[str]:
     return place.script("train_data.py", what, place.pairs, place.logps, place.folder / "job.json")
 
@@ -105,6 +110,8 @@ STAGES: dict[str, Callable[[Place], list[str]]] = {
     f"verify --drift --sample {DRIFT_SAMPLE}": verify_drift,
     "gc --dry-run": collect,
     "inspect": lambda place: place.stage("inspect", place.logps, "--json"),
+    "export --to parquet": lambda place: export(place, "parquet"),
+    "export --to jsonl": lambda place: export(place, "jsonl"),
     "train: the stage, before its ranks": lambda place: training_data(place, "stage"),
     "train: a rank, before its model": lambda place: training_data(place, "rank"),
 }

@@ -2,7 +2,7 @@
 
 from cache.errors import CacheCorrupt, CacheError, CacheIncomplete, CacheLocked, CacheMismatch
 from cache.identity import ReferenceIdentity
-from cache.joining import join_sum_logps, key_batches, require_keys
+from cache.joining import join_rows, join_sum_logps, key_batches, require_keys
 from cache.journal import Journal
 from cache.key_set import Keys, KeySet, key_bytes, locate
 from cache.keys import prompt_key, response_key
@@ -34,6 +34,7 @@ __all__ = [
     "StoredRows",
     "ViewRows",
     "check_logps",
+    "join_rows",
     "join_sum_logps",
     "key_batches",
     "key_bytes",

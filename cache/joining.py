@@ -4,22 +4,24 @@ The keys that are asked for are bucketed as the shards are, by their leading bit
 row groups that can hold its keys.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.errors import CacheIncomplete, system_errors
 from cache.key_set import KeySet, key_array, key_bytes
-from cache.reference import SHOWN_KEYS, Reference
+from cache.reference import SHOWN_KEYS, Reference, StoredRows
 from cache.schema import KEY_COLUMN
 from cache.shards import partition_bits
 from cache.spill import Spill, spill_folder
+from cache.view import ReferenceView
 
 BATCH_ROWS = 1 << 15
 SLOT = "slot"  # row * columns + column of an asked key, int64
@@ -50,6 +52,36 @@ def join_sum_logps(
         for slots, sums in _matched(reference, asked, ["sum_logp"]):
             joined.ravel()[slots] = sums
     return joined
+
+
+def join_rows(
+    frame: pl.DataFrame,
+    stored: StoredRows | ReferenceView,
+    *,
+    on: str,
+    columns: Sequence[str] = ("sum_logp",),
+    prefix: str = "",
+    missing: Literal["error", "null"] = "error",
+) -> pl.DataFrame:
+    """`frame` with `columns` of the stored row that its key column `on` names, as PREFIXcolumn; its rows stay in order.
+
+    An inner join leaves out rows whose key is not stored, and a left join gives them nulls, both without a word. Here
+    such a key raises CacheIncomplete, which counts them and names the first; missing="null" asks for the nulls.
+    frame, result: in memory, for pairs without number see `join_sum_logps`. stored: what `open_reference` gave, or for
+    many small frames `open_view`. Raises ValueError for a null key, and for a column that `frame` already has.
+    """
+    taken = sorted({prefix + name for name in columns} & set(frame.columns))
+    if taken:
+        raise ValueError(f"the frame already has {', '.join(taken)}; give a prefix for what is joined to it")
+    keys = key_array(frame[on])
+    found, places = stored.find(keys, columns)
+    absent = places < 0
+    if missing == "error" and absent.any():
+        reference = stored.reference if isinstance(stored, ReferenceView) else stored
+        once = dict.fromkeys(key_bytes(keys[absent]))
+        raise CacheIncomplete(reference.incomplete(len(once), once, len(keys)))
+    row = pl.Series(places).set(pl.Series(absent), None)
+    return frame.with_columns(found[name].gather(row).alias(prefix + name) for name in columns)
 
 
 class _Asked(NamedTuple):

@@ -111,27 +111,32 @@ class StoredRows:
         found = np.zeros(len(wanted), np.bool_)
         for positions, _ in self.matching(wanted, []):
             found[positions] = True
-        return _absent(asked, wanted, found)
+        return _absent(asked, ~found[wanted.positions(asked)])
 
     def rows(self, keys: Keys, columns: Sequence[str] | None = None) -> pl.DataFrame:
         """One row for each of `keys`, in the order asked; a key asked twice comes twice. columns: None for all.
 
         Raises CacheIncomplete, naming how many are missing and the first few, rather than leave any out.
         """
-        schema = self.identity.kind.schema
-        columns = schema.names if columns is None else list(columns)
+        columns = self.identity.kind.schema.names if columns is None else list(columns)
+        asked = key_array(keys)
+        found, places = self.find(asked, columns)
+        if (places < 0).any():
+            absent = _absent(asked, places < 0)
+            raise CacheIncomplete(self.incomplete(len(absent), absent, len(asked)))
+        return found[places]
+
+    def find(self, keys: Keys, columns: Sequence[str]) -> tuple[pl.DataFrame, npt.NDArray[np.int64]]:
+        """`columns` of the rows that there are for `keys`, and which of these each key has, (len(keys),); -1: none."""
         asked = key_array(keys)
         wanted = KeySet(asked)
         row_of = np.full(len(wanted), -1)
-        frames, n_found = [pl.DataFrame(schema.empty_table().select(columns))], 0
+        frames, n_found = [pl.DataFrame(self.identity.kind.schema.empty_table().select(list(columns)))], 0
         for positions, rows in self.matching(wanted, columns):
             row_of[positions] = n_found + np.arange(len(positions))
             n_found += len(positions)
-            frames.append(pl.DataFrame(rows.select(columns)))
-        if n_found < len(wanted):
-            absent = _absent(asked, wanted, row_of >= 0)
-            raise CacheIncomplete(self.incomplete(len(absent), absent, len(asked)))
-        return pl.concat(frames)[row_of[wanted.positions(asked)]]
+            frames.append(pl.DataFrame(rows.select(list(columns))))
+        return pl.concat(frames), row_of[wanted.positions(asked)]
 
     def _ranges(self, wanted: KeySet | None = None) -> list["_Ranges"]:
         """The first and last key of each row group, shard by shard, as the footers state them.
@@ -239,8 +244,9 @@ class _Ranges(NamedTuple):
     last: KeyArray
 
 
-def _absent(asked: KeyArray, wanted: KeySet, found: npt.NDArray[np.bool_]) -> list[bytes]:
-    absent = asked[~found[wanted.positions(asked)]]
+def _absent(asked: KeyArray, is_absent: npt.NDArray[np.bool_]) -> list[bytes]:
+    """Once each, in the order asked."""
+    absent = asked[is_absent]
     _, first = np.unique(absent, return_index=True)
     return key_bytes(absent[np.sort(first)])
 

@@ -8,12 +8,13 @@ publication, named by that publication's digest, and can be deleted at any time.
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import pyarrow as pa
 
 from cache.derived import build_once, sole_builder
@@ -96,6 +97,17 @@ class ReferenceView:
             raise CacheIncomplete(self.reference.incomplete(len(set(absent)), dict.fromkeys(absent), len(asked)))
         return self.rows_at(positions)
 
+    def find(self, keys: Keys, columns: Sequence[str]) -> tuple[pl.DataFrame, npt.NDArray[np.int64]]:
+        """As `Reference.find`; columns: of COLUMNS. Reads the rows that are found and no others."""
+        positions = self.keys.positions(key_array(keys))
+        is_there = positions >= 0
+        rows = self.rows_at(positions[is_there])
+        lists: dict[str, list[npt.NDArray[Any]]] = {"token_ids": rows.token_ids, "token_logps": rows.token_logps}
+        arrays = {"n_tokens": pa.array(rows.n_tokens), "sum_logp": pa.array(rows.sum_logps)}
+        arrays |= {name: list_column(lists[name], LOGPS_SCHEMA.field(name).type) for name in lists if name in columns}
+        places = np.where(is_there, np.cumsum(is_there) - 1, -1)
+        return pl.DataFrame(pa.table({name: arrays[name] for name in columns})), places
+
     def rows_at(self, positions: npt.NDArray[Any]) -> ViewRows:
         """The rows at `positions`, 0 to len(self) - 1, in the order asked."""
         positions = positions.astype(np.int64)
@@ -118,6 +130,13 @@ class ReferenceView:
         for start in range(0, len(order), batch_rows):
             positions = order[start : start + batch_rows]
             yield whole_keys(self.keys.array[positions]), self.rows_at(positions)
+
+
+def list_column(rows: Sequence[npt.NDArray[Any]], kind: pa.DataType) -> pa.ListArray:
+    """An Arrow list column of type `kind` of one array a row."""
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    values = np.concatenate([np.empty(0, kind.value_type.to_pandas_dtype()), *rows])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=kind)
 
 
 class _Lists:

@@ -38,6 +38,7 @@ NAV: dict[str, list[tuple[str | None, str]]] = {
     "The cache": [
         ("From Python", "docs/api"),
         ("In TRL", "docs/trl"),
+        ("Exports", "docs/export"),
         ("A page to look through", "docs/browse"),
         ("Formats", "docs/cache-format"),
         ("Sharing", "docs/sharing"),

@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "Train one policy against the reference cache with DeepSpeed.",
     "evaluate": "Compare policies with the reference on held-out pairs.",
     "report": "Collect all variants into tables, curves and one HTML page.",
+    "export": "Write pairs with their reference log-probs for other trainers.",
     "inspect": "Show what a reference cache holds.",
     "browse": "Write pairs and their token log-probs as pages to look through.",
     "sketch-report": "Say whether the sketches are large enough.",

@@ -38,6 +38,7 @@ ARROWS = {
     "policies": "params model trainable engine",
     "harness": "params model engine policies",
     "evaluation": "params model data tokens engine policies harness reference.identity",
+    "export": "data model.tokenizer tokens",
     "runs": "params model trainable forward data tokens training auxdpo.requirements auxdpo.rank_share"
     " reference.identity reference.drift",
     "upkeep": "params model trainable forward data tokens sketches auxdpo engine.rows reference",

@@ -3,12 +3,13 @@
 import re
 from pathlib import Path
 
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from cache import derived, journal, publish_reference, schema, view
+from cache import CacheIncomplete, derived, journal, publish_reference, schema, view
 from tests import ROOT
-from tests.cache.rows import identity, make_rows
+from tests.cache.rows import identity, keys_of, make_rows
 
 DOCUMENT = (ROOT / "docs" / "cache-format.md").read_text()
 
@@ -32,6 +33,24 @@ def test_the_documented_view_example_runs(tmp_path, monkeypatch):
     (path,) = [path for path in Path(".refcache/views").iterdir() if path.is_dir()]
     for file in (view.ROWS, view.KEYS, derived.SIZES):
         assert (path / file).is_file() and f"| `{file}` |" in DOCUMENT
+
+
+def test_the_documented_join_says_what_it_misses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = make_rows(0, 6)
+    publish_reference(Path("data/reference/logps"), rows.slice(0, 5), identity())
+    keys = keys_of(rows)
+    Path("data/prepared/pairs").mkdir(parents=True)
+    pairs = pl.DataFrame({"chosen_key": keys[:2], "rejected_key": [keys[4], keys[5]]})
+    pairs.write_parquet("data/prepared/pairs/pairs.parquet")
+    (lines,) = [block for block in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL) if "join_rows" in block]
+    names: dict[str, object] = {}
+    exec(lines, names)
+    assert names["pairs"]["chosen_sum_logp"].to_list() == rows["sum_logp"].to_pylist()[:2]
+    assert names["pairs"]["rejected_sum_logp"].to_list() == [rows["sum_logp"][4].as_py(), None]
+    pairs.select("rejected_key", chosen_key="rejected_key").write_parquet("data/prepared/pairs/pairs.parquet")
+    with pytest.raises(CacheIncomplete, match=keys[5].hex()):
+        exec(lines, {})
 
 
 def test_the_documented_columns_are_those_of_a_shard(tmp_path):

@@ -1,6 +1,7 @@
 """Coverage and join of whole files of pairs against a dict, whatever is asked and however often."""
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -9,9 +10,11 @@ from hypothesis import strategies as st
 
 from cache import (
     CacheIncomplete,
+    join_rows,
     join_sum_logps,
     key_batches,
     open_reference,
+    open_view,
     publish_reference,
     require_keys,
     shards,
@@ -75,3 +78,36 @@ def test_pairs_are_read_from_their_parquet_file(reference, tmp_path):
 def test_no_pairs_are_covered_by_anything(reference, tmp_path):
     assert join_sum_logps(reference, batches([]), scratch=tmp_path).size == 0
     require_keys(reference, [], scratch=tmp_path)
+
+
+@pytest.fixture(params=["reference", "view"])
+def stored(reference, tmp_path, request):
+    return reference if request.param == "reference" else open_view(reference, tmp_path / "views")
+
+
+def test_joined_rows_stand_beside_the_keys_that_asked_for_them(stored):
+    asked = [7, 3, 7, 89, 0]
+    frame = pl.DataFrame({"chosen_key": [KEYS[row] for row in asked], "line": range(len(asked))})
+    found = join_rows(frame, stored, on="chosen_key", columns=["token_logps", "sum_logp"], prefix="chosen_")
+    assert found.columns == ["chosen_key", "line", "chosen_token_logps", "chosen_sum_logp"]
+    assert found["line"].to_list() == list(range(len(asked)))
+    assert found["chosen_sum_logp"].to_list() == [SUMS[KEYS[row]] for row in asked]
+    assert found["chosen_token_logps"].to_list() == [ALL["token_logps"][row].as_py() for row in asked]
+    assert join_rows(frame.head(0), stored, on="chosen_key").schema["sum_logp"] == pl.Float64
+
+
+def test_a_join_that_misses_rows_says_so_or_gives_the_nulls_that_were_asked_for(stored):
+    frame = pl.DataFrame({"key": [KEYS[N_ROWS], KEYS[5], KEYS[N_ROWS + 1], KEYS[N_ROWS]]})
+    with pytest.raises(CacheIncomplete, match=f"lacks 2 of the 4 responses .*: {KEYS[N_ROWS].hex()}, "):
+        join_rows(frame, stored, on="key")
+    found = join_rows(frame, stored, on="key", columns=["sum_logp", "token_logps"], missing="null")
+    assert found["sum_logp"].to_list() == [None, SUMS[KEYS[5]], None, None]
+    assert found["token_logps"].is_null().to_list() == [True, False, True, True]
+
+
+def test_a_join_refuses_null_keys_keys_as_text_and_columns_that_are_there(stored):
+    for keys in ([KEYS[0], None], [KEYS[0].hex()]):
+        with pytest.raises(ValueError):
+            join_rows(pl.DataFrame({"key": keys}), stored, on="key")
+    with pytest.raises(ValueError, match="already has sum_logp"):
+        join_rows(pl.DataFrame({"key": [KEYS[0]], "sum_logp": [0.0]}), stored, on="key")

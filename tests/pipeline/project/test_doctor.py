@@ -31,7 +31,9 @@ class Machine:
             (self.packages / name).symlink_to(next(iter(find_spec(name).submodule_search_locations)))
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         needs = project["dependencies"] + [
-            f'{need}; extra == "{extra}"' for extra, named in project["optional-dependencies"].items() for need in named
+            f'{need}{" and" if ";" in need else ";"} extra == "{extra}"'
+            for extra, named in project["optional-dependencies"].items()
+            for need in named
         ]
         self.install("refcache", "0.1.0", "".join(f"Requires-Dist: {need}\n" for need in needs))
 
