@@ -17,6 +17,8 @@ from benchmarks.gpu.running import Part, Suite
 from benchmarks.gpu.summary import best, write_summary
 from tests import ROOT
 
+pytestmark = pytest.mark.slow
+
 RESULT = 'print(\'{"case": "found", "value": 1}\', flush=True)'
 WELL = f"{RESULT}; print('chatter of a library')"
 FOR_EVER = "import threading; threading.Event().wait()"
@@ -132,7 +134,6 @@ def test_what_is_drawn_of_the_quantiles_has_as_many_pairs_as_asked_and_their_len
         assert sum(prompt.pair_tokens for prompt in drawn) / 300 == pytest.approx(mean, rel=0.15)
 
 
-@pytest.mark.slow
 def test_every_part_runs_on_a_cpu_at_tiny_sizes(tmp_path):
     command = [sys.executable, "benchmarks/gpu_suite.py", "--dry-run", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -10,7 +10,7 @@ from pipeline.model.tokenizer import END
 from tests.browser import needs_browser, press
 from tests.pipeline.browse.inputs import Inputs, write_samples
 
-pytestmark = needs_browser
+pytestmark = [pytest.mark.slow, needs_browser]
 
 HARM = "</script><script>window.harmed = 1</script><img src=x onerror='window.harmed = 1'>"
 HOSTILE = f"{HARM}\u2028\u2029\u202e desrever \" ' ` ${{1}} \\u003c & &lt; 👩‍🚀 日本語"

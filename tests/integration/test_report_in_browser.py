@@ -8,7 +8,7 @@ from pipeline.report.vega import write_plots_page
 from tests.browser import Visit, needs_browser, press
 from tests.pipeline.report.inputs import answer_row, change_json, report, write_answers, write_inputs, write_scores
 
-pytestmark = needs_browser
+pytestmark = [pytest.mark.slow, needs_browser]
 
 # Marks with an extent: a line of at least one segment, a dot, a rule that is longer than nothing.
 MARKS = """
