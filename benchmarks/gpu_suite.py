@@ -12,7 +12,6 @@ every part) and OUT/suite.log. Exit status: 0, 1 where a part went wrong or ther
 import argparse
 import os
 import shutil
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu.running import Part, Record, Suite  # noqa: E402
 from benchmarks.gpu.summary import write_summary  # noqa: E402
+from pipeline.runs.ports import free_port  # noqa: E402
 
 NEEDED = ("environment", "inputs")  # whatever else is asked for
 
@@ -48,12 +48,9 @@ def parts_of(work: Path, *, dry_run: bool) -> list[Part]:
 
 def one_rank() -> dict[str, str]:
     """What a launcher would say: without it DeepSpeed looks for MPI. NCCL needs no other interface for one rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     place = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "NCCL_SOCKET_IFNAME": "lo",
         "GLOO_SOCKET_IFNAME": "lo",
     }

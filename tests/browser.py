@@ -7,7 +7,6 @@ import os
 import re
 import select
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import Protocol
 
 import pytest
 
+from pipeline.runs.ports import free_port
 from tests import ROOT
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -193,9 +193,7 @@ class Qt:
     def __init__(self) -> None:
         from websockets.sync.client import connect
 
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         flags = '--disable-gpu --host-resolver-rules="MAP * ~NOTFOUND" --disable-background-networking'
         settings = {"QT_QPA_PLATFORM": "offscreen", "QTWEBENGINE_DISABLE_SANDBOX": "1"}
         settings |= {"QTWEBENGINE_CHROMIUM_FLAGS": flags, "QTWEBENGINE_REMOTE_DEBUGGING": str(port)}

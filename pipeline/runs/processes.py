@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from pipeline.children import child_environment
 from pipeline.errors import RequestError
+from pipeline.runs.ports import free_port
 
 HOSTFILE, OPTIONS = "REFCACHE_HOSTFILE", "REFCACHE_LAUNCHER_OPTIONS"
 
@@ -67,7 +67,7 @@ def rank_command(job: Path, ranks: int, hosts: Path | None) -> list[str]:
     """The words that start `ranks` ranks on `job`: here, or on the hosts of a hostfile."""
     python, worker = [sys.executable, "-u", "-m"], ["pipeline.runs.worker", str(job)]
     if hosts:
-        options = ["--hostfile", str(hosts), "--master_port", str(_free_port())]
+        options = ["--hostfile", str(hosts), "--master_port", str(free_port())]
         options += shlex.split(os.environ.get(OPTIONS, ""))
         return [*python, "deepspeed.launcher.runner", *options, "--module", *worker]
     if ranks == 1:
@@ -80,7 +80,7 @@ def rank_command(job: Path, ranks: int, hosts: Path | None) -> list[str]:
             f"ranks is {ranks} in the params, but CUDA_VISIBLE_DEVICES={devices} has {len(ids)} devices."
         )
     world = base64.urlsafe_b64encode(json.dumps({"localhost": ids[:ranks]}).encode()).decode()
-    options = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={_free_port()}", "--module"]
+    options = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={free_port()}", "--module"]
     return [*python, "deepspeed.launcher.launch", *options, *worker]
 
 
@@ -88,7 +88,7 @@ def _environment(ranks: int) -> dict[str, str]:
     environment = child_environment()
     if ranks == 1:
         environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     # Without these glibc returns every freed activation to the kernel; 4-10 % of a step on CPU.
     environment.setdefault("MALLOC_MMAP_MAX_", "0")
     environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(16 << 30))
@@ -106,12 +106,6 @@ def _exported(environment: dict[str, str], file: Path) -> Path:
     ]
     file.write_text("".join(f"{name}={shlex.quote(environment[name])}\n" for name in names))
     return file
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _die_with_parent() -> None:

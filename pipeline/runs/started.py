@@ -9,6 +9,7 @@ from collections.abc import MutableMapping
 from typing import NamedTuple
 
 from pipeline.errors import RequestError
+from pipeline.runs.ports import LOWEST, PORTS
 
 _TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_NODELIST")
@@ -32,9 +33,9 @@ def started_rank(environment: MutableMapping[str, str] = os.environ) -> StartedR
     environment["RANK"], environment["WORLD_SIZE"] = environment["SLURM_PROCID"], environment["SLURM_STEP_NUM_TASKS"]
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
     environment.setdefault("MASTER_ADDR", first_node(environment["SLURM_STEP_NODELIST"]))
-    # One port per job step, from the range that systems leave to applications.
+    # One port per job step, and the same on all its hosts.
     step = int(environment.get("SLURM_STEP_ID", "0"))
-    environment.setdefault("MASTER_PORT", str(15000 + (int(environment["SLURM_JOB_ID"]) * 7 + step) % 15000))
+    environment.setdefault("MASTER_PORT", str(LOWEST + (int(environment["SLURM_JOB_ID"]) * 7 + step) % PORTS))
     return StartedRank(int(environment["RANK"]), int(environment["WORLD_SIZE"]), "srun")
 
 

@@ -10,7 +10,6 @@ answer on PIPE is one line, the ranks' exit codes.
 import json
 import os
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from transformers import Qwen2ForCausalLM  # noqa: F401
 
 from pipeline.params import ModelParams, SftParams, Trainable, TrainParams
 from pipeline.runs.policy import train_policy
+from pipeline.runs.ports import free_port
 from pipeline.runs.sft import fine_tune
 from pipeline.training import deepspeed_engine
 from pipeline.training import rank as rank_module
@@ -145,9 +145,7 @@ def main() -> None:
     answers = int(sys.argv[1])  # a pipe of its own, since DeepSpeed talks on standard output
     for line in sys.stdin:
         order = json.loads(line)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         pids = {}
         for rank in range(order["ranks"]):
             pid = os.fork()
