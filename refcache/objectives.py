@@ -10,20 +10,11 @@ Each takes a PairLogps of tensors (B,) and returns (B,); `OBJECTIVES` has all of
 import polars as pl
 import torch
 
-from pipeline.objectives import OBJECTIVES, FeedbackLogps, PairLogps, auxdpo, bdpo, bpo, dpo, kto, weighted_sum
+from pipeline import objectives
+from pipeline.objectives import *  # noqa: F403
+from pipeline.objectives import PairLogps
 
-__all__ = [
-    "OBJECTIVES",
-    "FeedbackLogps",
-    "PairLogps",
-    "auxdpo",
-    "bdpo",
-    "bpo",
-    "dpo",
-    "kto",
-    "pair_logps",
-    "weighted_sum",
-]
+__all__ = [*objectives.__all__, "pair_logps"]
 
 
 def pair_logps(frame: pl.DataFrame, dtype: torch.dtype = torch.float32) -> PairLogps:

@@ -14,12 +14,6 @@ from pipeline.workspace import views_folder
 from tests.tiny import write_model, write_pairs, write_reference_cache
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_ROWS", 7)
-    monkeypatch.setenv("REFCACHE_HOME", str(tmp_path / "home"))
-
-
 @pytest.fixture
 def pairs(tmp_path):
     """In an order in which neither prompts nor splits stand together."""

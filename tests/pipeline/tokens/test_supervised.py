@@ -5,15 +5,8 @@ import pytest
 
 from pipeline.data.tables import SFT_SCHEMA, read_sft, write_table
 from pipeline.errors import RequestError, RunFailed
-from pipeline.tokens import supervised
 from pipeline.tokens.supervised import Supervised, open_supervised
 from tests.tiny import write_sft
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervised, "BATCH_ROWS", 7)
-    monkeypatch.setenv("REFCACHE_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture

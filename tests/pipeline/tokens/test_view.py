@@ -17,11 +17,8 @@ PROMPTS = 40
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    """Batches far smaller than the table, and a workspace of the test's own."""
-    monkeypatch.setattr(layout, "BATCH_ROWS", 7)
+def small_blocks(monkeypatch):
     monkeypatch.setattr(layout, "BLOCK_ROWS", 16)
-    monkeypatch.setenv("REFCACHE_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture
