@@ -1,7 +1,7 @@
 """math-verify in a process of its own: two final answers a line in, whether they are equal a line out.
 
 math-verify limits its time by signals that Python handles, which works in a main thread alone and never inside one long
-operation on integers: an answer such as 9^{9^9} would hold the stage for ever. Here the system's alarm, which nobody
+operation on integers: an answer can hold the stage for ever. Here the system's alarm, which nobody
 handles, ends the process instead.
 """
 

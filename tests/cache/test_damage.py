@@ -58,6 +58,7 @@ def require_found(folder: Path, *names: str) -> None:
     assert all(finding.problem and "--repair" in finding.remedy for finding in findings)
 
 
+@pytest.mark.slow
 @given(which=st.integers(0, 7), where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 @SEVERAL
 def test_a_flipped_bit_anywhere_is_found_refused_and_costs_only_its_shard(folder, names, which, where, bit):
@@ -74,6 +75,7 @@ def test_a_flipped_bit_anywhere_is_found_refused_and_costs_only_its_shard(folder
         shard.write_bytes(whole)
 
 
+@pytest.mark.slow
 @given(which=st.integers(0, 7), share=st.floats(0, 1, exclude_max=True), tail=st.sampled_from([b"", bytes(512)]))
 @SEVERAL
 def test_a_torn_shard_is_found_refused_and_costs_only_its_rows(folder, names, which, share, tail):

@@ -52,6 +52,7 @@ def test_of_a_repeated_key_the_first_row_counts(tmp_path):
     assert read(tmp_path).equals(pa.concat_tables([make_rows(0, 4), make_rows(4, 6, shift=1.0)]))
 
 
+@pytest.mark.slow
 def test_a_tail_torn_at_any_byte_costs_only_its_own_batch(three_batches, tmp_path):
     path, offsets = three_batches
     whole, first_six = path.read_bytes(), set(keys_of(make_rows(0, 6)))

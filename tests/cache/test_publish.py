@@ -54,6 +54,7 @@ def test_what_is_published_is_what_is_read(tmp_path):
     assert verify(tmp_path) == []
 
 
+@pytest.mark.slow
 @given(st.randoms(use_true_random=False), st.integers(1, 60))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_row_order_and_chunking_do_not_change_a_byte(tmp_path, small_shards, randoms, n_rows):

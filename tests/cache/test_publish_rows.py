@@ -55,6 +55,7 @@ def rows_publication(root, keys, journals, published=None):
     return contents(root / "out")
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_division_among_sources_gives_the_files_of_one_table(tmp_path, small, data):

@@ -128,6 +128,7 @@ def test_another_reference_is_refused_before_any_shard_is_read(address, asked):
     assert asked() == {"manifest.json"}
 
 
+@pytest.mark.slow
 def test_a_damaged_object_is_refused_by_its_address_and_costs_only_its_rows(server, folder, address):
     key, *others = keys_of(ROWS)
     (damaged,) = shards_of(folder, [key])

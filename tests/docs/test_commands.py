@@ -1,6 +1,8 @@
 """Every command and option that the documentation names exists, and what it sets is allowed."""
 
 import re
+from functools import cache
+from pathlib import Path
 
 import click
 import pytest
@@ -41,6 +43,11 @@ def options_of(name: str) -> set[str]:
     return {text for option in command.params for text in (*option.opts, *option.secondary_opts)} | {"--help", "-h"}
 
 
+@cache
+def stages_of(path: Path) -> dict:
+    return YAML(typ="safe").load(path.read_text())["stages"]
+
+
 def test_commands_are_found_in_blocks_continued_lines_and_sentences():
     found = uses(OURS)
     assert {name for _, name, _ in found} >= {"score", "train", "inspect", "verify", "gc", "why-miss", "sketch-report"}
@@ -62,15 +69,14 @@ def test_every_command_and_option_of_ours_exists(where, name, words):
 @pytest.mark.parametrize(("where", "name", "words"), uses(DVC))
 def test_what_dvc_is_told_to_run_or_to_set_exists(where, name, words):
     load_params(ROOT / "params.yaml", overrides("-S", words))
-    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
     for target in re.sub(rf"-S {VALUE}", "", words).split() if name == "repro" else []:
         file, _, stage = target.rpartition(":")
         if target.startswith("-"):
             assert target in ("--dry", "-f", "-R", "--force"), f"{where}: dvc repro {target}"
         elif "/" in target or target.endswith(".yaml") or (ROOT / target).is_dir():
-            known = YAML(typ="safe").load((ROOT / file).read_text())["stages"] if stage and file else {}
+            known = stages_of(ROOT / file) if stage and file else {}
             assert (ROOT / (file or target)).exists() and (not file or stage.split("@")[0] in known), (
                 f"{where}: {target}"
             )
         elif target != "STAGE":
-            assert target.split("@")[0] in stages, f"{where}: dvc.yaml has no stage {target}"
+            assert target.split("@")[0] in stages_of(ROOT / "dvc.yaml"), f"{where}: dvc.yaml has no stage {target}"

@@ -167,6 +167,7 @@ def test_a_saved_hub_dataset_is_a_suite(project):
     assert len(read_pairs(project / OUT / "rb2")) == 8
 
 
+@pytest.mark.slow
 def test_no_suites_no_torch(tmp_path):
     code = (
         "import sys; from stages.__main__ import main; from click.testing import CliRunner; "

@@ -22,6 +22,8 @@ from tests import ROOT
 from tests.pipeline.data.preparing import prepare_into
 from tests.tiny import write_model, write_reference_cache
 
+pytestmark = pytest.mark.slow
+
 PARAMS = ROOT / "studies" / "demo" / "params.yaml"
 DEMO = PrepareParams.model_validate({"demo": {"prompts": 10, "sft_rows": 60}, "test_share": 0.5})
 

@@ -122,6 +122,7 @@ def test_on_drawn_responses_the_constraint_needs_a_ridge_or_centred_gradients(wo
     assert (constraint(data, data.weights, centred=True) @ delta.flatten()).norm() < 1e-3
 
 
+@pytest.mark.slow
 def test_the_page_has_every_row_and_says_what_the_claims_say(tmp_path):
     full = load_section(ROOT / "studies" / "params.yaml", "misspecification", misspecification.MisspecificationParams)
     data = full.data.model_copy(update={"prompts": 30, "responses": 8, "side": 2})

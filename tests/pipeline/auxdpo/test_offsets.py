@@ -162,6 +162,7 @@ def test_zero_offsets_explain_nothing():
 # the optimiser --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["responses", "sides"])
 def test_trained_offsets_reach_the_minimum_of_their_objective(weights):
     steps, w = 600, response_weights(SIDES, M, params(weights=weights)).double()
@@ -183,6 +184,7 @@ def test_trained_offsets_reach_the_minimum_of_their_objective(weights):
     torch.testing.assert_close(offsets.values.double(), delta.detach(), rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_projected_offsets_stay_in_the_null_space_and_reach_the_minimum_there():
     steps, projection = 600, Projection(sketched(), 4)
     offsets = make(constraint="projection", ridge=0.3, offset_learning_rate=0.05, projection=projection)

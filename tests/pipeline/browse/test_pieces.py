@@ -52,6 +52,7 @@ def test_characters_of_bytes_come_out_whole(byte_level, text):
         assert [piece.text for piece in splitter(byte_level).pieces(encoded.ids)] == expected
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_joined_pieces_are_the_decoded_text_and_cover_every_token(byte_level, word_marks, data):

@@ -112,6 +112,7 @@ def test_no_output_names_a_place_of_this_machine(demo):
 # the split ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(first=st.sets(st.integers(0, 30), min_size=1), more=st.sets(st.integers(31, 60)), seed=st.integers(0, 5))
 def test_no_prompt_is_on_both_sides_and_none_changes_sides_when_pairs_are_added(

@@ -13,6 +13,8 @@ from tests import ROOT
 from tests.pipeline.data import chat_tokenizers
 from tests.pipeline.data.preparing import file_params, prepare_into
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(os.environ.get("REFCACHE_TEST_DATA", ROOT / "../shared/data"))
 MODEL = ModelParams.model_validate({"scratch": {"vocabulary_size": 1024}})
 

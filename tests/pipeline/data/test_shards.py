@@ -91,6 +91,7 @@ def order(tmp_path, model, **changes):
     return Shard(**asdict(shard) | changes)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_with_what_it_said(tmp_path, model):
     with (
         elsewhere([order(tmp_path, model, params={"source": "nowhere"})]) as [process],
@@ -99,6 +100,7 @@ def test_a_process_that_dies_ends_the_run_with_what_it_said(tmp_path, model):
         process.tally()
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_whoever_started_it(tmp_path, model):
     write_jsonl(tmp_path / "in/pairs.jsonl", pair_rows(10))
     words = json.dumps(asdict(order(tmp_path, model)))

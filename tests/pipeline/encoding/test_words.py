@@ -54,6 +54,7 @@ PIECES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=300, deadline=None)
 @given(texts=st.lists(st.lists(PIECES, max_size=8).map("".join), min_size=1, max_size=4))

@@ -34,6 +34,7 @@ GROUPS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(groups=GROUPS, block=st.integers(1, 4))
 def test_every_completed_answer_is_the_true_one(groups, block):
     rows, tails, seen = [], [], set()

@@ -121,6 +121,7 @@ def cut(rows, rows_per_call):
     return [call["response_key"].to_list() for call in calls(rows, rows_per_call)]
 
 
+@pytest.mark.slow
 @given(row_sets, st.integers(1, 9))
 def test_calls_are_bounded_and_cover_every_row_once(rows, rows_per_call):
     ordered = scoring_order(frame(rows).unique("response_key"))
@@ -129,6 +130,7 @@ def test_calls_are_bounded_and_cover_every_row_once(rows, rows_per_call):
     assert [key for call in found for key in call] == ordered["response_key"].to_list()
 
 
+@pytest.mark.slow
 @given(row_sets, st.integers(1, 9))
 def test_a_prompt_is_split_only_if_it_fills_a_call_alone(rows, rows_per_call):
     ordered = scoring_order(frame(rows).unique("response_key"))
@@ -138,6 +140,7 @@ def test_a_prompt_is_split_only_if_it_fills_a_call_alone(rows, rows_per_call):
             assert set(before) == {before[-1]} and len(before) == rows_per_call
 
 
+@pytest.mark.slow
 @given(row_sets, st.integers(1, 9), st.data())
 def test_a_restart_makes_the_very_calls_that_were_left(rows, rows_per_call, data):
     ordered = scoring_order(frame(rows).unique("response_key"))
@@ -148,6 +151,7 @@ def test_a_restart_makes_the_very_calls_that_were_left(rows, rows_per_call, data
     assert cut(left, rows_per_call) == planned[done:]
 
 
+@pytest.mark.slow
 @given(row_sets, st.randoms())
 def test_order_does_not_depend_on_the_order_of_the_file(rows, random):
     table = frame(rows).unique("response_key", maintain_order=True)

@@ -81,6 +81,7 @@ def test_bad_rows_are_named_with_their_lines_and_cost_the_others_nothing(place, 
     assert set(asked(place)[0].values()) == {1}
 
 
+@pytest.mark.slow
 def test_bad_rows_alone_are_refused_before_the_model_loads(place, monkeypatch):
     monkeypatch.setattr(EngineProcess, "load", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     bad = [row([3], [VOCABULARY, number]) for number in range(25)]

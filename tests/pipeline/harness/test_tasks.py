@@ -12,6 +12,8 @@ from pipeline.harness.tasks import Tasks
 from pipeline.params import EvaluateParams
 from tests.pipeline.harness.small_tasks import choices, texts, write_chat_model, write_lines, write_tasks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

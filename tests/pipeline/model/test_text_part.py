@@ -52,6 +52,7 @@ def test_sft_writes_the_text_part_with_the_wholes_answers(tmp_path, kind, text):
         open_model(tmp_path / "whole", dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_a_model_without_a_text_part_of_its_own_is_refused_by_name(tmp_path):
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 1, "mlp_ratio": 1}

@@ -43,6 +43,7 @@ def opened(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.slow
 @SEVERAL
 @given(rows=row_sets, rows_per_call=st.integers(1, 9), data=st.data())
 def test_calls_are_those_of_an_in_memory_sort(opened, rows, rows_per_call, data):
@@ -54,6 +55,7 @@ def test_calls_are_those_of_an_in_memory_sort(opened, rows, rows_per_call, data)
     assert len(found) == len(wanted) and all(a.equals(b) for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.slow
 @SEVERAL
 @given(rows=row_sets, data=st.data())
 def test_the_longest_row_of_a_prompt_may_be_looked_for_among_some_rows_only(opened, rows, data):
@@ -64,6 +66,7 @@ def test_the_longest_row_of_a_prompt_may_be_looked_for_among_some_rows_only(open
     assert [call["response_key"].to_list() for call in found] == [call["response_key"].to_list() for call in wanted]
 
 
+@pytest.mark.slow
 @SEVERAL
 @given(st.lists(row_sets, min_size=2, max_size=3))
 def test_several_folders_are_ordered_as_one_table_of_their_distinct_rows(opened, folders):
@@ -76,6 +79,7 @@ def test_several_folders_are_ordered_as_one_table_of_their_distinct_rows(opened,
     assert [call.drop(SKETCHED).rows() for call in found] == [call.rows() for call in wanted]
 
 
+@pytest.mark.slow
 @SEVERAL
 @given(row_sets, st.integers(1, 40))
 def test_batches_come_longest_first_with_padding_within_their_tokens(opened, rows, batch_tokens):

@@ -53,6 +53,7 @@ def test_the_prompts_that_changed_most_per_token_are_kept_in_that_order(tmp_path
     assert [prompt.text for prompt in reader.prompts] == [f"Question p{49 - i}?" for i in range(PROMPTS)]
 
 
+@pytest.mark.slow
 def test_of_many_answers_and_long_texts_the_page_says_what_it_leaves_out(inputs):
     rows = [answer_row("p", sample=i, text=f"answer {i} " + "y" * 9000, policy_logp=-12.0 - i) for i in range(9)]
     write(inputs, "dpo-0", rows)

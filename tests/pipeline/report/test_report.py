@@ -67,6 +67,7 @@ def test_page_thins_long_curves_to_means_over_the_whole_run(inputs):
     assert margins == pytest.approx([step / 5000 for step in steps], abs=2e-4)
 
 
+@pytest.mark.slow
 def test_page_stays_small_however_many_cells_and_steps(tmp_path):
     variants = [f"v{index}" for index in range(12)]
     root = write_inputs(tmp_path, variants=variants, seeds=range(3), steps=1000)

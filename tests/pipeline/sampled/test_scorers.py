@@ -19,9 +19,9 @@ def score(texts, reference, **settings):
     return text_scorer(SampleParams(**settings))([Asked("How many?", text, reference) for text in texts])
 
 
-@pytest.mark.parametrize(
-    ("text", "reference", "expected"),
-    [
+@pytest.mark.slow
+def test_math_compares_final_answers_alone():
+    cases = [
         (SOLUTION, SOLUTION, 1.0),
         (WRONG, SOLUTION, 0.0),
         (SOLUTION, WRONG, 0.0),
@@ -42,12 +42,13 @@ def score(texts, reference, **settings):
         ("I don't know.", SOLUTION, 0.0),
         (SOLUTION, "nobody knows", 0.0),
         ("\\boxed{" + "}{" * 50, SOLUTION, 0.0),
-    ],
-)
-def test_math_compares_final_answers_alone(text, reference, expected):
-    assert score([text], reference, scorer="math") == [expected]
+    ]
+    # One call, since each starts a process.
+    found = text_scorer(SampleParams(scorer="math"))([Asked("How many?", *case[:2]) for case in cases])
+    assert [(*case[:2], value) for case, value in zip(cases, found, strict=True)] == cases
 
 
+@pytest.mark.slow
 def test_math_works_in_any_thread():
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(score, ["#### 30.0", WRONG], SOLUTION, scorer="math").result() == [1.0, 0.0]
@@ -171,6 +172,7 @@ def test_scores_that_need_no_text_or_a_model_are_not_made_here(settings):
         text_scorer(SampleParams(**settings))
 
 
+@pytest.mark.slow
 def test_scores_are_in_the_order_of_the_answers():
     numbers = np.random.default_rng(0).integers(0, 4, 40)
     answers = [Asked(f"p{i}", f"#### {number}.0", f"#### {i % 4}") for i, number in enumerate(numbers)]

@@ -144,6 +144,7 @@ def test_chunks_change_nothing(project, monkeypatch):
     assert project.check() == whole
 
 
+@pytest.mark.slow
 def test_rescoring_replaces_exactly_the_flagged_rows_with_transformers_float32_values(project):
     before = open_reference(project.out, expect=None).scan().collect()
     for key in project.keys[4:7]:
@@ -164,6 +165,7 @@ def test_rescoring_replaces_exactly_the_flagged_rows_with_transformers_float32_v
     assert again["drift"]["rescored"] == stored["rescored"]
 
 
+@pytest.mark.slow
 def test_rescored_rows_outlive_the_next_score_although_the_engines_are_journalled(project):
     key = project.keys[5]
     shift_row(project.out, key, 1.0)
@@ -179,6 +181,7 @@ def test_rescored_rows_outlive_the_next_score_although_the_engines_are_journalle
     }
 
 
+@pytest.mark.slow
 def test_rescored_rows_travel_with_the_publication_to_a_clone_that_has_the_engines_rows(project, monkeypatch):
     key = project.keys[5]
     shift_row(project.out, key, 1.0)

@@ -91,6 +91,7 @@ def test_a_running_scorer_is_not_disturbed(project, no_engine):
     assert project.contents() == before
 
 
+@pytest.mark.slow
 def test_verify_with_drift_names_rows_above_the_tolerance_and_repair_rescores_them(project, no_engine):
     assert "0 rows above 0.25 nats" in project.command("verify", project.out, "--drift", "--sample", 5).output
     rows = open_reference(project.out, expect=None).scan().collect()
