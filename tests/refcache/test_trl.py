@@ -142,24 +142,44 @@ def test_kto_is_told_what_scores_its_mismatched_completions_and_then_has_trls_lo
         assert losses_of(place.trainer(kind, **options, **ours)) == pytest.approx(peer, abs=2e-5)
 
 
-def test_two_processes_have_the_losses_of_one_with_twice_the_batch(place):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command += ["-m", "tests.refcache.test_trl", str(place.folder), str(place.cache)]
+def train_in_processes(place, number, settings, environment=()) -> dict:
+    """What the end of this file writes: losses, what a changed row says, and the class that trains."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={number}", "--standalone"]
+    command += ["-m", "tests.refcache.test_trl", str(place.folder), str(place.cache), json.dumps(settings)]
     search = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": search}, check=True, capture_output=True)
-    found = json.loads((place.folder / "losses.json").read_text())
+    env = os.environ | {"PYTHONPATH": search} | dict(environment)
+    (place.folder / "found.json").unlink(missing_ok=True)
+    subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
+    return json.loads((place.folder / "found.json").read_text())
+
+
+def test_two_processes_have_the_losses_of_one_with_twice_the_batch(place):
+    found = train_in_processes(place, 2, {"ddp_backend": "gloo"})
     peer = place.trainer(DPOTrainer, settings={"per_device_train_batch_size": 8})
+    assert found["trains"] == "DistributedDataParallel"
     assert found["losses"] == pytest.approx(losses_of(peer), abs=2e-5)
     assert "2 of 48 responses are missing" in found["missing"]
 
 
-if __name__ == "__main__":  # one of two processes
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_has_the_losses_of_trls_own_precompute(place, stage):
+    batch = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}
+    config = {**batch, "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    no_gpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    found = train_in_processes(place, 2, {"deepspeed": config}, no_gpu)
+    peer = place.trainer(DPOTrainer, settings={"per_device_train_batch_size": 8, "precompute_ref_log_probs": True})
+    assert found["trains"] == "DeepSpeedEngine"
+    assert found["losses"] == pytest.approx(losses_of(peer), abs=2e-5)
+    assert "2 of 48 responses are missing" in found["missing"]
+
+
+if __name__ == "__main__":  # one of the processes
     one = Place.__new__(Place)
-    one.folder, one.cache = map(Path, sys.argv[1:])
+    one.folder, one.cache = map(Path, sys.argv[1:3])
     one.model, one.pairs = one.folder / "model", Place.dataset(draw_preferences(24, 0))
-    settings = {"ddp_backend": "gloo", "output_dir": str(one.folder / "two")}
+    settings = {"output_dir": str(one.folder / "processes"), **json.loads(sys.argv[3])}
     trainer = one.trainer(CachedDPOTrainer, settings=settings, reference_cache=one.cache)
-    losses = losses_of(trainer)
+    found = {"losses": losses_of(trainer), "trains": type(trainer.model_wrapped).__name__}
     other = one.pairs.to_list()
     other[0]["prompt"] = "w9 w9 w9"
     try:
@@ -167,4 +187,4 @@ if __name__ == "__main__":  # one of two processes
         one.trainer(CachedDPOTrainer, settings=settings, reference_cache=one.cache, train_dataset=changed)
     except CacheIncomplete as error:
         if trainer.accelerator.is_main_process:
-            (one.folder / "losses.json").write_text(json.dumps({"losses": losses, "missing": str(error)}))
+            (one.folder / "found.json").write_text(json.dumps({**found, "missing": str(error)}))
