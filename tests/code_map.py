@@ -34,25 +34,31 @@ def module_in(dotted: str) -> str | None:
 
 
 @cache
-def imports(file: Path) -> frozenset[str]:
-    """Dotted names that `file` imports anywhere, also inside functions and for types alone."""
-    names: set[str] = set()
+def _names(file: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """What `file` imports, and which of its strings name a module."""
+    imported, strings = set[str](), set[str]()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return frozenset(names)
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and NAMED.fullmatch(node.value):
+            strings.add(node.value)
+    return frozenset(imported), frozenset(strings)
+
+
+def imports(file: Path) -> frozenset[str]:
+    """Dotted names that `file` imports anywhere, also inside functions and for types alone."""
+    return _names(file)[0]
+
+
+def named_in_strings(file: Path) -> frozenset[str]:
+    """Dotted names in strings that begin as a module of ours does: to start it, to import it later, to patch it."""
+    return _names(file)[1]
 
 
 @cache
-def named_in_strings(file: Path) -> frozenset[str]:
-    """Dotted names in strings that begin as a module of ours does: to start it, to import it later, to patch it."""
-    constants = (node.value for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant))
-    return frozenset(text for text in constants if isinstance(text, str) and NAMED.fullmatch(text))
-
-
 def needs(module: str) -> set[str]:
     """The modules that `module` imports or names in a string."""
     file = modules()[module]

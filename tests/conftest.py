@@ -1,6 +1,20 @@
 """What tests of several folders share."""
 
+from copy import deepcopy
+from functools import cache
+
 import pytest
+
+from pipeline.params import file
+
+
+@pytest.fixture(scope="session", autouse=True)
+def yaml_is_parsed_once():
+    """Hundreds of tests load params.yaml as it stands, which takes ruamel longer than most of them take otherwise."""
+    parsed = cache(file._parsed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file, "_parsed", lambda text: deepcopy(parsed(text)))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -113,6 +113,7 @@ def test_an_engine_is_imported_in_one_module(engine):
     assert homes == {ENGINES[engine]}
 
 
+@pytest.mark.slow
 def test_ray_is_imported_by_what_talks_to_it_and_only_when_it_is_asked_for():
     assert {file.relative_to(ROOT).as_posix() for file in modules().values() if "ray" in tops(file)} == RAY
     loaded = run_python("import sys, pipeline.cluster.remote_engine, pipeline.reference.scoring; print(*sys.modules)")
@@ -167,6 +168,7 @@ def test_rooms_below_the_engines_load_none():
     assert set(names) <= loaded and not {"vllm", "deepspeed"} & loaded
 
 
+@pytest.mark.slow
 def test_what_commands_read_first_loads_without_torch():
     """Nor pandas, which pyarrow imports, where it is installed, as soon as anything makes an array."""
     names = [name for name in modules() if name in TORCH_FREE or name.rpartition(".")[0] in TORCH_FREE]

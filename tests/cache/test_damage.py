@@ -184,6 +184,7 @@ def test_nothing_is_lent_where_nothing_is_published(tmp_path):
     assert sound_part(tmp_path / "absent", identity()) is None
 
 
+@pytest.mark.slow
 def test_a_reader_beside_a_publisher_gets_exactly_the_old_or_the_new_rows(tmp_path):
     states = [pl.DataFrame(rows.sort_by("response_key")) for rows in (make_rows(0, 40), make_rows(20, 90))]
     publish_reference(tmp_path, make_rows(0, 40), identity())

@@ -75,6 +75,7 @@ def test_a_compacted_journal_grows_on(tmp_path):
     assert read(tmp_path).equals(pa.concat_tables([make_rows(0, 5), make_rows(20, 30)]))
 
 
+@pytest.mark.slow
 def test_killed_before_any_change_there_is_the_old_or_the_new_journal(tmp_path):
     fill(tmp_path / "start", [(0, 20), (20, N_ROWS)])
     needed, seen, code, step = set(KEYS[::3]), [], processes.KILLED, 0

@@ -14,6 +14,7 @@ from tests.cache.rows import keys_of, make_rows
 KILLS = 12
 
 
+@pytest.mark.slow
 def test_every_acknowledged_row_survives_sigkill_at_random_moments(tmp_path):
     moments = random.Random(0)
     first = 0

@@ -168,6 +168,7 @@ def test_rows_that_must_not_be_stored_leave_what_was_published(tmp_path, small_s
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_killed_before_any_change_a_reader_sees_the_old_or_the_new_rows(tmp_path):
     old, new = in_key_order(make_rows(0, 30)), in_key_order(make_rows(10, 60))
     publish_reference(tmp_path / "start", old, identity())
@@ -192,6 +193,7 @@ def test_killed_during_the_first_publication_there_is_no_cache_yet(tmp_path):
         open_reference(tmp_path, expect=None)
 
 
+@pytest.mark.slow
 def test_readers_beside_a_publisher_always_find_a_whole_cache(tmp_path):
     publish(tmp_path, make_rows(0, 40))
     publisher = processes.start(processes.publish_alternately, tmp_path, 60)

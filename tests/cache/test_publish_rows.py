@@ -77,6 +77,7 @@ def test_any_division_among_sources_gives_the_files_of_one_table(tmp_path, small
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_growing_and_shrinking_from_its_own_publication_does_not_change_a_byte(tmp_path, small):
     """The source is the folder itself, whose partitions differ from those to be written."""
     rows = make_rows(0, 90)

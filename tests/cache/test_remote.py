@@ -306,6 +306,7 @@ def test_a_storage_that_refuses_says_what_to_look_at(server, monkeypatch, quickl
         refusing.server_close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("silent", [False, True])
 def test_a_storage_out_of_reach_is_told_within_seconds(server, monkeypatch, silent, quickly):
     with socket.socket() as nobody:

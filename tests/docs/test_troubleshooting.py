@@ -1,7 +1,8 @@
 """People search the page for the words that they were shown, so these are words that some message still has."""
 
-import ast
 import re
+from collections.abc import Iterator
+from types import CodeType
 
 import pytest
 
@@ -12,15 +13,20 @@ QUOTED = sorted(set(re.findall(r'"([^"\n]+)"', re.sub(r"```.*?```|`[^`\n]*`", ""
 OTHERS = {"No file hash info found"}  # DVC's
 
 
+def strings_of(code: CodeType) -> Iterator[str]:
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, CodeType):
+            yield from strings_of(constant)
+
+
 @pytest.fixture(scope="module")
 def messages() -> str:
     """The constant parts of all strings of the code, one to a line, and setup.sh."""
-    parts = [(ROOT / "setup.sh").read_text()]
-    for folder in ("cache", "pipeline", "refcache", "stages"):
-        trees = [ast.parse(file.read_text()) for file in (ROOT / folder).rglob("*.py")]
-        constants = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-        parts += [" ".join(node.value.split()) for node in constants if isinstance(node.value, str)]
-    return "\n".join(parts)
+    files = [file for folder in ("cache", "pipeline", "refcache", "stages") for file in (ROOT / folder).rglob("*.py")]
+    strings = [text for file in files for text in strings_of(compile(file.read_text(), file, "exec"))]
+    return "\n".join([(ROOT / "setup.sh").read_text(), *(" ".join(text.split()) for text in strings)])
 
 
 def test_messages_are_quoted():

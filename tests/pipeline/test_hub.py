@@ -35,6 +35,7 @@ def out_of_reach(request, asked):
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("out_of_reach")
 def test_a_dataset_out_of_reach_is_told_in_five_seconds(tmp_path):
     start = time.monotonic()
@@ -43,6 +44,7 @@ def test_a_dataset_out_of_reach_is_told_in_five_seconds(tmp_path):
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("out_of_reach")
 def test_so_is_a_model():
     start = time.monotonic()

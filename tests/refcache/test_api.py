@@ -83,6 +83,7 @@ def test_what_is_missing_or_unusable_is_named_by_its_row(place):
         assert skipping.join(rows).is_empty()
 
 
+@pytest.mark.slow
 def test_implicit_rewards_of_a_folder_a_model_and_an_adapter(place, tmp_path):
     policy, pairs = place.root / "models/policies/dpo-0", place.pairs.head(4)
     found = refcache.implicit_rewards(policy, pairs, place.cache, beta=0.5)
@@ -141,6 +142,7 @@ def test_every_example_of_the_document_runs_and_scores_once(place, monkeypatch):
     assert set(published["response_key"]) == {scored["chosen_key"], scored["rejected_key"]}
 
 
+@pytest.mark.slow
 def test_importing_it_loads_nothing_heavy_and_no_engine():
     code = (
         "import sys, refcache; early = set(sys.modules); from refcache import Cache; print(*early, '|', *sys.modules)"

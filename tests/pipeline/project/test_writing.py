@@ -96,6 +96,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
         new_project(tmp_path / "mine", "demo")
 
 
+@pytest.mark.slow
 def test_dvc_finds_a_project_of_its_own_in_a_new_folder_and_inside_a_git_repository(tmp_path):
     new_project(tmp_path / "alone", "demo")
     assert (tmp_path / "alone/.git").is_dir()

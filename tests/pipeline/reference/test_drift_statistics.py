@@ -12,6 +12,7 @@ differences = st.one_of(st.just(0.0), st.floats(1e-9, 1e3), st.floats(-1e3, -1e-
 rows = st.lists(st.lists(differences, min_size=1, max_size=30), min_size=1, max_size=40)
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(rows)
 def test_tally_agrees_with_every_value_at_hand(rows):

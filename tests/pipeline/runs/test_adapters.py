@@ -54,6 +54,7 @@ def refusal(tmp_path: Path) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     "config",

@@ -83,6 +83,7 @@ def test_prose_around_a_number_changes_nothing(prose, number):
     assert final_answer(f"{prose.replace('answer', '')} {number} xyz") == str(number)
 
 
+@pytest.mark.slow
 @given(st.recursive(PIECES, lambda part: st.lists(part).map("".join).map("{{{}}}".format)))
 def test_a_box_is_closed_by_its_own_brace(content):
     assert final_answer(f"So \\boxed{{a{content}b}} and {{more}}") == f"a{content}b"

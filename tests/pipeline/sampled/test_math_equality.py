@@ -19,6 +19,7 @@ def verify(gold, found, **settings):
 """
 
 
+@pytest.mark.slow
 def test_an_answer_that_takes_too_long_is_wrong_and_costs_itself_alone(tmp_path, monkeypatch):
     (tmp_path / "math_verify.py").write_text(SLOW)
     monkeypatch.syspath_prepend(tmp_path)

@@ -130,6 +130,7 @@ def test_drift_is_of_log_probs_and_refused(project):
 # why-miss -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_published_or_journalled_is_reused_and_asking_changes_nothing(project):
     before = {path: path.stat().st_mtime_ns for path in sorted(project.root.rglob("*"))}
     found = project.ask(**{"sketch.batch_tokens": 9, "score.dtype": "bfloat16"})
