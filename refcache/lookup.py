@@ -33,9 +33,12 @@ class ReferenceLookup:
     def __init__(self, paths: Paths, *, views: Path | None = None, decode: Decode | None = None) -> None:
         """decode: token ids to text, for messages; None: they show ids.
 
-        Raises what `cache.open_reference` raises, and CacheMismatch where folders belong to different references.
+        Raises what `cache.open_reference` raises, CacheMismatch where folders belong to different references, and
+        ValueError for no folder.
         """
         listed = [paths] if isinstance(paths, str | Path) else list(paths)
+        if not listed:
+            raise ValueError("An empty list was given; name at least one folder that `refcache score` published.")
         self.references = [open_reference(path, expect=None) for path in listed]
         self._require_one_reference()
         self._stores = [_Store(reference, views or views_folder()) for reference in self.references]
@@ -44,6 +47,11 @@ class ReferenceLookup:
     @property
     def reference_id(self) -> str:
         return self.references[0].identity.reference_id
+
+    @property
+    def dtype(self) -> str:
+        """What the reference was computed in, for example "bfloat16"."""
+        return self.references[0].identity.dtype
 
     @property
     def places(self) -> str:

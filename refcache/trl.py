@@ -14,27 +14,26 @@ trainer's own forward is from them, in which dtype.
 
 import copy
 import inspect
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import trl
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PretrainedConfig
-from trl import DPOTrainer, KTOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from cache import CacheIncomplete
-from refcache.lookup import Paths, ReferenceLookup
-from refcache.sequences import Row, rows_of
+from refcache.lookup import Paths
+from refcache.sequences import rows_of
+from refcache.stand_in import CachedReference
 from refcache.unscored import Unscored, scoring_advice, unscored_folder, write_unscored
 
-IGNORED = -100  # label of a token that is no response token
 PRECOMPUTED = {"ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps"}  # TRL's columns
 
 if not all(hasattr(kind, "_precompute_ref_logps") for kind in (DPOTrainer, KTOTrainer)):
@@ -44,79 +43,46 @@ if not all(hasattr(kind, "_precompute_ref_logps") for kind in (DPOTrainer, KTOTr
     )
 
 
-class CachedReference(nn.Module):
-    """Stands in for the reference model of `DPOTrainer` or `KTOTrainer` (`ref_model=`): answers from a reference cache.
-
-    It has no weights and computes nothing, so `sync_ref_model`, DeepSpeed's and FSDP's wrapping of a reference model
-    have nothing to work on: use `CachedDPOTrainer` and `CachedKTOTrainer` there. Raises CacheIncomplete in the first
-    batch that has a sequence the cache lacks.
-    """
-
-    def __init__(self, reference_cache: Paths, tokenizer: Any = None) -> None:
-        """reference_cache: a folder that `refcache score` published, or several of one reference. tokenizer: for texts
-        in error messages."""
-        super().__init__()
-        self.config = PretrainedConfig()  # TRL looks there for a scale of logits
-        self.lookup = ReferenceLookup(reference_cache, decode=tokenizer and tokenizer.decode)
-        # TRL names what it precomputes by a hash of the reference's tensors, and loads what has that name.
-        identity = torch.tensor(list(bytes.fromhex(self.lookup.reference_id)), dtype=torch.uint8)
-        self.register_buffer("identity", identity)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # TRL and accelerate replace a model's `forward` by one that runs its layers.
-        if name != "forward":
-            super().__setattr__(name, value)
-
-    @torch.no_grad()
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **ignored: Any
-    ) -> SimpleNamespace:
-        """`.log_probs`, (rows, length - 1) float32 nats: of token i + 1 at i, 0 where its label is -100."""
-        if labels is None:
-            raise ValueError(
-                f"This trainer asks its reference for logits, as TRL did before 1.16 (this is {trl.__version__}); a "
-                "cache holds the log-probs of the responses alone. Use CachedDPOTrainer or CachedKTOTrainer, or put "
-                "DPOFromCache or KTOFromCache before the trainer."
-            )
-        present = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        logps = torch.zeros(len(labels), labels.shape[1] - 1)
-        for number, row in enumerate(rows_of(input_ids, present, labels != IGNORED)):
-            if row is not None:
-                logps[number, row.places] = self.logps_of(row)
-        return SimpleNamespace(log_probs=logps.to(input_ids.device))
-
-    def logps_of(self, row: Row) -> Tensor:
-        """Of the tokens of its response, nats, (response length,) float32. Raises CacheIncomplete."""
-        if not len(row.prompt_ids):
-            raise CacheIncomplete("Nothing is left of its prompt, so no token of the response can be scored behind it.")
-        return torch.from_numpy(self.lookup.token_logps(row.prompt_ids, row.response_ids).copy())
-
-
 class _FromCache:
     """Before one of TRL's trainers: what that computes with `precompute_ref_log_probs`, from the cache."""
 
     _trl: type  # the trainer of TRL's whose arguments are meant
+    _config: Any  # the class of its args
     _columns: tuple[str, ...]  # that TRL reads from a precomputed dataset
     # TRL's own.
     accelerator: Any
     args: Any
     data_collator: Any
+    model: Any
+    processing_class: Any
     ref_model: Any
 
     def __init__(self, *args: Any, reference_cache: Paths, **kwargs: Any) -> None:
         """reference_cache: a folder that `refcache score` published, or several of one reference. Everything else as
         TRL's own trainer takes it."""
-        positional = list(inspect.signature(self._trl.__init__).parameters)[1:]  # type: ignore[misc]
-        given = dict(zip(positional, args, strict=False)) | kwargs
+        given = self._named(args, kwargs)
         self._refuse(given)
         given["args"] = copy.copy(given["args"])
         given["args"].precompute_ref_log_probs = True
         self._reference = CachedReference(reference_cache, given.get("processing_class"))
         self._unscored: list[Unscored] = []
         self._rows_read, self._begun = 0, False
+        self._given_rows = {name: len(dataset) for name, dataset in _datasets(given)}
+        self._kept = dict[str, str]()  # how many rows TRL made of them, for messages
+        self._answered = set[str]()  # datasets' fingerprints
         super().__init__(**given)
         self._begun = True
         self._require_all_scored()
+        self._compare_dtypes()
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        names = list(inspect.signature(self._trl.__init__).parameters)[1:]  # type: ignore[misc]
+        if len(args) > len(names):
+            raise TypeError(f"{len(args)} positional arguments were given; {self._trl.__name__} takes {len(names)}.")
+        given = dict(zip(names, args, strict=False))
+        if twice := sorted(given.keys() & kwargs.keys()):
+            raise TypeError(f"{', '.join(twice)} was given by position and again by name.")
+        return given | kwargs
 
     def _refuse(self, given: dict[str, Any]) -> None:
         """ValueError for what a cache can't serve."""
@@ -124,7 +90,9 @@ class _FromCache:
         if given.get("ref_model") is not None:
             raise ValueError("ref_model and reference_cache were given: the reference is one or the other.")
         if settings is None:
-            raise ValueError("args is missing: the trainer's configuration, a DPOConfig or KTOConfig.")
+            raise ValueError(f"args is missing: the trainer's configuration, a {self._config.__name__}.")
+        if not isinstance(settings, self._config):
+            raise ValueError(f"args is a {type(settings).__name__}; a {self._config.__name__} is needed.")
         if settings.sync_ref_model:
             raise ValueError(
                 "sync_ref_model moves the reference towards the policy while that trains, and a cache holds the "
@@ -139,12 +107,14 @@ class _FromCache:
                 f"The {name} set is a {type(dataset).__name__}; a datasets.Dataset is needed, whose rows are looked up "
                 "before the first step. For streams give TRL's own trainer ref_model=CachedReference(...)."
             )
+        if not len(dataset):
+            raise ValueError(f"The {name} set is empty, of which TRL can't make batches. Leave it out.")
         if {"image", "images"} & set(dataset.column_names):
             raise ValueError(f"The {name} set has images; a reference cache holds log-probs of text alone.")
         if own := sorted(PRECOMPUTED & set(dataset.column_names)):
             raise ValueError(
                 f"The {name} set brings {', '.join(own)}, and reference_cache was given: the values are of one or of "
-                "the other. Remove these columns."
+                f"the other. Remove these columns: dataset.remove_columns({own})."
             )
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
@@ -152,7 +122,12 @@ class _FromCache:
 
         Raises CacheIncomplete where rows are missing; of the sets that a trainer is made with once, for all of them.
         """
-        self._refuse_dataset(name, dataset)
+        self._refuse_prepared(name, dataset)
+        given = self._given_rows.get(name, len(dataset))
+        if len(dataset) != given:
+            self._kept[name] = f" (counted from 0 in the {len(dataset)} rows that TRL made of {given})"
+        lookup = self._reference.lookup
+        lookup.decode = lookup.decode or self.processing_class.decode  # TRL loads one where none is given
         logps = np.empty((len(self._columns), len(dataset)), np.float32)
         batches = DataLoader(dataset, batch_size, collate_fn=self.data_collator, shuffle=False)
         for number, batch in enumerate(batches):
@@ -164,7 +139,16 @@ class _FromCache:
             self._require_all_scored()
         for column, values in zip(self._columns, logps, strict=True):
             dataset = dataset.add_column(column, values, feature=None)
+        self._answered.add(dataset._fingerprint)
         return dataset
+
+    def _refuse_prepared(self, name: str, dataset: Any) -> None:
+        if isinstance(dataset, Dataset) and not len(dataset):
+            raise ValueError(
+                f"Nothing is left of the {name} set: TRL leaves out prompts of max_length tokens and more, and "
+                f"max_length is {self.args.max_length}. Raise it, or leave the set out."
+            )
+        self._refuse_dataset(name, dataset)
 
     def _sides(self, batch: dict[str, Tensor]) -> Iterator[tuple["_Side", str]]:
         """The sequences of a batch that each of `_columns` is of, in their order, and what they are called."""
@@ -203,11 +187,31 @@ class _FromCache:
         counted = ", ".join(f"{count} as {what} in the {name} set" for (name, what), count in kinds.items())
         raise CacheIncomplete(
             f"{len(rows)} of {read} responses are missing: {counted}. The first, {rows[0].what} of row "
-            f"{rows[0].number} of the {rows[0].dataset} set: {rows[0].why}"
+            f"{rows[0].number} of the {rows[0].dataset} set{self._kept.get(rows[0].dataset, '')}: {rows[0].why}"
             f"{scoring_advice(folder) if scorable else ''}"
         )
 
+    def _compare_dtypes(self) -> None:
+        """Warn where the trainer's forward has another type than the reference had."""
+        computed = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else str(self.model.dtype)
+        trains, scored = computed.removeprefix("torch."), self._reference.lookup.dtype
+        if trains != scored:
+            warnings.warn(
+                f"The reference was scored in {scored} and the policy trains in {trains} (bf16, fp16 in args; without "
+                "them the model's own). Rounding then counts as a difference between the two from the first step on. "
+                "Score in the type that trains (score.dtype).",
+                stacklevel=3,
+            )
+
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._as_given(dataset) for name, dataset in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = self._as_given(eval_dataset)
+        for name, dataset in _datasets({"eval_dataset": eval_dataset}):
+            if not isinstance(dataset, str):  # the name of a set that the trainer has
+                self._refuse_dataset(name, dataset)
+                self._given_rows[name] = len(dataset)
         # TRL refuses a new set after the first step, when its reference is gone; the cache is still there.
         self.ref_model = self._reference
         try:
@@ -215,6 +219,12 @@ class _FromCache:
             return found
         finally:
             self.ref_model = None
+
+    def _as_given(self, dataset: Any) -> Any:
+        """Without the columns that came from the cache, as of `trainer.eval_dataset`: TRL asks for them again."""
+        if isinstance(dataset, Dataset) and dataset._fingerprint in self._answered:
+            return dataset.remove_columns(list(self._columns))
+        return dataset
 
 
 class _Side(NamedTuple):
@@ -245,7 +255,7 @@ def _datasets(given: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 class DPOFromCache(_FromCache):
     """Put before a subclass of `trl.DPOTrainer`, makes it what CachedDPOTrainer is."""
 
-    _trl = DPOTrainer
+    _trl, _config = DPOTrainer, DPOConfig
     _columns = ("ref_chosen_logps", "ref_rejected_logps")
     ld_alpha: float | None
 
@@ -276,7 +286,7 @@ class CachedDPOTrainer(DPOFromCache, DPOTrainer):  # type: ignore[misc]
 class KTOFromCache(_FromCache):
     """Put before a subclass of `trl.KTOTrainer`, makes it what CachedKTOTrainer is."""
 
-    _trl = KTOTrainer
+    _trl, _config = KTOTrainer, KTOConfig
     calculate_KL: bool  # TRL's name
 
     @property
