@@ -13,7 +13,6 @@ trainer's own forward is from them, in which dtype.
 """
 
 import copy
-import inspect
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -32,9 +31,8 @@ from cache import CacheIncomplete
 from refcache.lookup import Paths
 from refcache.sequences import rows_of
 from refcache.stand_in import CachedReference
+from refcache.trl_arguments import EVALUATED_TRAIN, by_name, datasets_of, refuse_dataset
 from refcache.unscored import Unscored, scoring_advice, unscored_folder, write_unscored
-
-PRECOMPUTED = {"ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps"}  # TRL's columns
 
 if not all(hasattr(kind, "_precompute_ref_logps") for kind in (DPOTrainer, KTOTrainer)):
     raise ImportError(
@@ -60,29 +58,20 @@ class _FromCache:
     def __init__(self, *args: Any, reference_cache: Paths, **kwargs: Any) -> None:
         """reference_cache: a folder that `refcache score` published, or several of one reference. Everything else as
         TRL's own trainer takes it."""
-        given = self._named(args, kwargs)
+        given = by_name(self._trl, args, kwargs)
         self._refuse(given)
         given["args"] = copy.copy(given["args"])
         given["args"].precompute_ref_log_probs = True
         self._reference = CachedReference(reference_cache, given.get("processing_class"))
         self._unscored: list[Unscored] = []
         self._rows_read, self._begun = 0, False
-        self._given_rows = {name: len(dataset) for name, dataset in _datasets(given)}
+        self._given_rows = {name: len(dataset) for name, dataset in datasets_of(given)}
         self._kept = dict[str, str]()  # how many rows TRL made of them, for messages
         self._answered = set[str]()  # datasets' fingerprints
         super().__init__(**given)
         self._begun = True
         self._require_all_scored()
         self._compare_dtypes()
-
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        names = list(inspect.signature(self._trl.__init__).parameters)[1:]  # type: ignore[misc]
-        if len(args) > len(names):
-            raise TypeError(f"{len(args)} positional arguments were given; {self._trl.__name__} takes {len(names)}.")
-        given = dict(zip(names, args, strict=False))
-        if twice := sorted(given.keys() & kwargs.keys()):
-            raise TypeError(f"{', '.join(twice)} was given by position and again by name.")
-        return given | kwargs
 
     def _refuse(self, given: dict[str, Any]) -> None:
         """ValueError for what a cache can't serve."""
@@ -98,30 +87,16 @@ class _FromCache:
                 "sync_ref_model moves the reference towards the policy while that trains, and a cache holds the "
                 "reference as it was scored. Leave one of them out."
             )
-        for name, dataset in _datasets(given):
-            self._refuse_dataset(name, dataset)
-
-    def _refuse_dataset(self, name: str, dataset: Any) -> None:
-        if not isinstance(dataset, Dataset):
-            raise ValueError(
-                f"The {name} set is a {type(dataset).__name__}; a datasets.Dataset is needed, whose rows are looked up "
-                "before the first step. For streams give TRL's own trainer ref_model=CachedReference(...)."
-            )
-        if not len(dataset):
-            raise ValueError(f"The {name} set is empty, of which TRL can't make batches. Leave it out.")
-        if {"image", "images"} & set(dataset.column_names):
-            raise ValueError(f"The {name} set has images; a reference cache holds log-probs of text alone.")
-        if own := sorted(PRECOMPUTED & set(dataset.column_names)):
-            raise ValueError(
-                f"The {name} set brings {', '.join(own)}, and reference_cache was given: the values are of one or of "
-                f"the other. Remove these columns: dataset.remove_columns({own})."
-            )
+        for name, dataset in datasets_of(given):
+            refuse_dataset(name, dataset)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """`dataset` with the columns that TRL would have computed.
 
         Raises CacheIncomplete where rows are missing; of the sets that a trainer is made with once, for all of them.
         """
+        if name == "train" and self._answered:  # the training set came first, under this name
+            name = EVALUATED_TRAIN
         self._refuse_prepared(name, dataset)
         given = self._given_rows.get(name, len(dataset))
         if len(dataset) != given:
@@ -148,7 +123,7 @@ class _FromCache:
                 f"Nothing is left of the {name} set: TRL leaves out prompts of max_length tokens and more, and "
                 f"max_length is {self.args.max_length}. Raise it, or leave the set out."
             )
-        self._refuse_dataset(name, dataset)
+        refuse_dataset(name, dataset)
 
     def _sides(self, batch: dict[str, Tensor]) -> Iterator[tuple["_Side", str]]:
         """The sequences of a batch that each of `_columns` is of, in their order, and what they are called."""
@@ -208,9 +183,9 @@ class _FromCache:
             eval_dataset = {name: self._as_given(dataset) for name, dataset in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = self._as_given(eval_dataset)
-        for name, dataset in _datasets({"eval_dataset": eval_dataset}):
+        for name, dataset in datasets_of({"eval_dataset": eval_dataset}):
             if not isinstance(dataset, str):  # the name of a set that the trainer has
-                self._refuse_dataset(name, dataset)
+                refuse_dataset(name, dataset)
                 self._given_rows[name] = len(dataset)
         # TRL refuses a new set after the first step, when its reference is gone; the cache is still there.
         self.ref_model = self._reference
@@ -240,16 +215,6 @@ class _Logps(NamedTuple):
 
     logps: Tensor
     answers: Tensor
-
-
-def _datasets(given: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The datasets among a trainer's arguments, with their names."""
-    for name in ("train", "eval"):
-        dataset = given.get(f"{name}_dataset")
-        if isinstance(dataset, dict):
-            yield from dataset.items()
-        elif dataset is not None:
-            yield name, dataset
 
 
 class DPOFromCache(_FromCache):

@@ -11,7 +11,7 @@ import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast  # noqa: E402
-from trl import DPOConfig, DPOTrainer, KTOConfig  # noqa: E402
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # noqa: E402
 
 from cache import CacheIncomplete  # noqa: E402
 from refcache.trl import CachedDPOTrainer, CachedKTOTrainer, CachedReference  # noqa: E402
@@ -56,6 +56,18 @@ def test_sets_that_the_trainer_made_are_evaluated_again(place, steps):
         trainer.evaluate(trainer.eval_dataset.select(range(2)))
 
 
+def test_sets_that_a_kto_trainer_made_are_evaluated_again(place, tmp_path):
+    settings = {"per_device_eval_batch_size": 3}
+    peer = place.trainer(KTOTrainer, config=KTOConfig, eval_dataset=place.test, settings=settings)
+    rows = [*peer.train_dataset, *peer.eval_dataset]
+    mismatched = publish(tmp_path / "kl", place.model, [(row["prompt_ids"], row["KL_completion_ids"]) for row in rows])
+    options = {"eval_dataset": place.test, "reference_cache": [place.cache, mismatched], "settings": settings}
+    trainer = place.trainer(CachedKTOTrainer, config=KTOConfig, **options)
+    losses_of(trainer), losses_of(peer)
+    expected = pytest.approx(peer.evaluate()["eval_loss"], abs=2e-5)
+    assert trainer.evaluate()["eval_loss"] == trainer.evaluate(trainer.eval_dataset)["eval_loss"] == expected
+
+
 def test_empty_sets_are_refused_by_name(place):
     with pytest.raises(ValueError, match="The test set is empty"):
         cached(place, eval_dataset={"test": place.test.select([])})
@@ -74,6 +86,14 @@ def test_a_missing_row_is_counted_in_the_rows_that_trl_kept(place):
         CacheIncomplete, match=r"row 6 of the train set \(counted from 0 in the 24 rows .* made of 25\)"
     ):
         cached(place, train_dataset=data, settings={"max_length": 25})
+
+
+def test_an_evaluation_set_named_train_is_told_from_the_training_set(place):
+    sets = {"train": Dataset.from_list([place.test[0] | {"chosen": " w9"}])}
+    with pytest.raises(CacheIncomplete, match="missing: 1 as chosen response in the evaluation's train set"):
+        cached(place, eval_dataset=sets)
+    with pytest.raises(CacheIncomplete, match=r"1 of 2 responses are missing: 1 as .* in the evaluation's train set"):
+        cached(place).evaluate(sets)
 
 
 def test_arguments_that_python_would_refuse_are_refused(place):
