@@ -36,9 +36,9 @@ class ReferenceLookup:
         Raises what `cache.open_reference` raises, CacheMismatch where folders belong to different references, and
         ValueError for no folder.
         """
-        listed = [paths] if isinstance(paths, str | Path) else list(paths)
+        listed = [paths] if isinstance(paths, str | Path) else list(paths or ())
         if not listed:
-            raise ValueError("An empty list was given; name at least one folder that `refcache score` published.")
+            raise ValueError("No reference cache was given; name at least one folder that `refcache score` published.")
         self.references = [open_reference(path, expect=None) for path in listed]
         self._require_one_reference()
         self._stores = [_Store(reference, views or views_folder()) for reference in self.references]

@@ -62,7 +62,7 @@ class _FromCache:
         self._refuse(given)
         given["args"] = copy.copy(given["args"])
         given["args"].precompute_ref_log_probs = True
-        self._reference = CachedReference(reference_cache, given.get("processing_class"))
+        self._reference = CachedReference(reference_cache)
         self._unscored: list[Unscored] = []
         self._rows_read, self._begun = 0, False
         self._given_rows = {name: len(dataset) for name, dataset in datasets_of(given)}
@@ -101,8 +101,7 @@ class _FromCache:
         given = self._given_rows.get(name, len(dataset))
         if len(dataset) != given:
             self._kept[name] = f" (counted from 0 in the {len(dataset)} rows that TRL made of {given})"
-        lookup = self._reference.lookup
-        lookup.decode = lookup.decode or self.processing_class.decode  # TRL loads one where none is given
+        self._reference.lookup.decode = self.processing_class.decode  # TRL loads one where none is given
         logps = np.empty((len(self._columns), len(dataset)), np.float32)
         batches = DataLoader(dataset, batch_size, collate_fn=self.data_collator, shuffle=False)
         for number, batch in enumerate(batches):

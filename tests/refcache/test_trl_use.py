@@ -110,9 +110,10 @@ def test_the_configuration_of_another_trainer_is_refused(place):
         place.trainer(CachedKTOTrainer, reference_cache=place.cache, config=DPOConfig)
 
 
-def test_no_folder_is_no_cache(place):
+@pytest.mark.parametrize("folders", [[], None])
+def test_no_folder_is_no_cache(place, folders):
     with pytest.raises(ValueError, match="at least one folder"):
-        cached(place, reference_cache=[])
+        cached(place, reference_cache=folders)
 
 
 def test_another_type_than_the_references_is_told(place):
