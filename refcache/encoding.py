@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from pipeline.data.pairing import sameness
 from pipeline.data.preferences import Preference, parse_pair, parse_supervised
 from pipeline.data.shards import encoder_for
 from pipeline.encoding.dialogues import Answer, Prompt, readable, text_of
@@ -88,8 +89,7 @@ class TextEncoder:
         Raises RequestError naming the rows that can't be used; with prepare.on_bad_row skip they are left out, and a
         warning says how many.
         """
-        given = rows.to_dicts() if isinstance(rows, pl.DataFrame) else rows
-        read, bad = self._preferences(given)
+        read, bad = self._preferences(_listed(rows))
         encoded = iter(self._encoder.encode([text for _, found in read for text in _texts(found)]))
         pairs = []
         for (number, preference), chosen, rejected in zip(read, encoded, encoded, strict=True):
@@ -97,7 +97,10 @@ class TextEncoder:
             if unusable is not None:
                 bad.append(BadRow(f"row {number}", unusable.reason))
             elif isinstance(chosen, Encoded) and isinstance(rejected, Encoded):
-                pairs.append(_pair(number, preference, chosen, rejected))
+                if same := sameness(chosen, rejected, self._params.max_tokens):
+                    bad.append(BadRow(f"row {number}", same))
+                else:
+                    pairs.append(_pair(number, preference, chosen, rejected))
         if bad:
             self._judge(bad)
         return pairs
@@ -106,6 +109,10 @@ class TextEncoder:
         forms = Forms(self._params, chat=self._chat)
         read, bad = list[tuple[int, Preference]](), list[BadRow]()
         for number, values in enumerate(rows):
+            if not isinstance(values, Mapping):
+                raise RequestError(
+                    f"Row {number} of the pairs is {type(values).__name__}, expected a mapping from columns to values."
+                )
             for found in self._of_row(forms, Row(f"row {number}", dict(values))):
                 if isinstance(found, BadRow):
                     bad.append(found)
@@ -125,10 +132,23 @@ class TextEncoder:
     def _judge(self, bad: Sequence[BadRow]) -> None:
         listed = "".join(f"\n  {row.where}: {row.reason}" for row in bad[:SHOWN_BAD_ROWS])
         more = f"\n  and {len(bad) - SHOWN_BAD_ROWS:,} more" if len(bad) > SHOWN_BAD_ROWS else ""
-        found = f"{len(bad):,} rows can't be used:{listed}{more}"
+        found = f"{len(bad):,} {'row' if len(bad) == 1 else 'rows'} can't be used:{listed}{more}"
         if self._params.on_bad_row == "fail":
             raise RequestError(f"{found}\nCorrect them, or give prepare=PrepareParams(on_bad_row='skip').")
         warnings.warn(found, stacklevel=3)
+
+
+def _listed(rows: Rows) -> Iterable[Mapping[str, Any]]:
+    if isinstance(rows, pl.DataFrame):
+        return rows.to_dicts()
+    # A frame's columns and a row's values can be iterated as well, and would be taken for rows.
+    if isinstance(rows, str | Mapping | pl.LazyFrame) or hasattr(rows, "columns") or not isinstance(rows, Iterable):
+        kind = f"{type(rows).__module__.partition('.')[0]}.{type(rows).__name__}"
+        raise RequestError(
+            f"The pairs are a {kind}; expected a polars DataFrame or a list of rows, each a mapping from columns to "
+            "values. Of a pandas frame that is frame.to_dict('records'), of a LazyFrame frame.collect()."
+        )
+    return rows
 
 
 def _texts(pair: Preference) -> list[tuple[Prompt, Answer]]:

@@ -62,10 +62,11 @@ class ReferenceLookup:
         """log p(token | all before it) of each response token, nats, (response length,) float32.
 
         A response that was cut shorter than when it was scored is answered too: its tokens saw the same ones before
-        them. Raises CacheIncomplete, with what the cache has instead, where no row begins with these tokens.
+        them. Raises CacheIncomplete, with what the cache has instead, where no row begins with these tokens, and
+        ValueError for ids that are no int32 >= 0.
         """
+        key = key_array([response_key(prompt_ids, response_ids)])  # refuses what int32 would cut or wrap
         response = np.asarray(response_ids, np.int32)
-        key = key_array([response_key(prompt_ids, response)])
         for store in self._stores:
             found = store.exact(key)
             if found is not None:

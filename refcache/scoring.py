@@ -7,6 +7,7 @@ from typing import Any
 import polars as pl
 
 from cache import prompt_key, response_key
+from pipeline.errors import RequestError
 from pipeline.params import PrepareParams, ScoreParams
 from pipeline.workspace import scratch_folder
 from refcache.encoding import Pair, Rows, TextEncoder
@@ -38,6 +39,8 @@ def score(
 
     encoder = TextEncoder(model if tokenizer is None else tokenizer, prepare)
     encoded = encoder.pairs(pairs)
+    if not encoded:
+        raise RequestError("There is no pair to score: `pairs` is empty, or all of its rows were left out.")
     with TemporaryDirectory(dir=scratch_folder(), prefix="api-") as name:
         folder = Path(name)
         _write(folder / "pairs", encoded)

@@ -1,5 +1,6 @@
 """A reference cache that answers for texts, and joins pairs with what it holds."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Cache:
 
         prompt and response: token ids (sequences of int), or texts or messages as rows of `prepare` have them; of a
         text, the last value is that of the end-of-turn token. Raises CacheIncomplete, with the likely reason, for what
-        the cache does not hold.
+        the cache does not hold, RequestError for what is neither, and ValueError for ids that are no int32 >= 0.
         """
         return self._lookup.token_logps(*self._side(prompt, response))
 
@@ -112,7 +113,10 @@ class Cache:
 
     def _side(self, prompt: Any, response: Any) -> Side:
         if _is_ids(prompt) and _is_ids(response):
-            return Side(np.asarray(prompt, np.int32), np.asarray(response, np.int32))
+            for name, ids in (("prompt", prompt), ("response", response)):
+                if not len(ids):
+                    raise RequestError(f"The {name} holds no token; a reference cache has rows of at least one.")
+            return Side(np.asarray(prompt), np.asarray(response))
         return self._require_encoder().side(prompt, response)
 
     def _require_encoder(self) -> TextEncoder:
@@ -125,7 +129,9 @@ class Cache:
 
 
 def _is_ids(value: Any) -> bool:
-    return not isinstance(value, str) and len(value) > 0 and not isinstance(value[0], dict | str)
+    if isinstance(value, str | Mapping) or not hasattr(value, "__len__"):
+        return False
+    return not len(value) or not isinstance(value[0], str | Mapping)
 
 
 def _sum(logps: npt.NDArray[np.float32]) -> float:

@@ -106,9 +106,8 @@ class PairStream:
             )
             if isinstance(row, Feedback):
                 feedback.append((row, side, good[0]))
-            elif np.array_equal(good[0].response_ids, good[1].response_ids):
-                cut = f"after truncation to {self._params.max_tokens} tokens" if good[0].truncated else "as token ids"
-                self._tally.bad.add(BadRow(row.where, f"chosen and rejected are identical {cut}"))
+            elif same := sameness(good[0], good[1], self._params.max_tokens):
+                self._tally.bad.add(BadRow(row.where, same))
             else:
                 pairs.append(_Pair(row, side, *good))
                 if self._params.feedback:
@@ -127,6 +126,14 @@ class PairStream:
             self._tally.long.rows += 1
         else:
             self._tally.bad.add(BadRow(row.where, why.reason))
+
+
+def sameness(chosen: Encoded, rejected: Encoded, max_tokens: int) -> str | None:
+    """Why the two sides of a pair can't be told apart, or None. max_tokens: what they were cut to."""
+    if not np.array_equal(chosen.response_ids, rejected.response_ids):
+        return None
+    cut = f"after truncation to {max_tokens} tokens" if chosen.truncated else "as token ids"
+    return f"chosen and rejected are identical {cut}"
 
 
 def _answers(row: Preference | Feedback) -> list[Answer]:

@@ -84,6 +84,40 @@ def test_what_is_missing_or_unusable_is_named_by_its_row(place):
 
 
 @pytest.mark.slow
+def test_ids_that_are_none_are_refused_and_never_rounded_or_wrapped(place):
+    row = pl.read_parquet("data/prepared/pairs/responses.parquet").row(0, named=True)
+    prompt, response = row["prompt_ids"], row["response_ids"]
+    assert len(place.cache.token_logps(np.array(prompt, np.int64), np.array(response, np.uint32))) == len(response)
+    for changed in (np.array(response) + 0.25, np.array(response) + 2**32, np.array([response]), [-1]):
+        with pytest.raises(ValueError, match="response_ids must"):
+            place.cache.token_logps(prompt, changed)
+    with pytest.raises(ValueError, match="prompt_ids must"):
+        place.cache.token_logps([token + 0.25 for token in prompt], response)
+    for asked in ([], response), (prompt, []):
+        with pytest.raises(RequestError, match="holds no token"):
+            refcache.Cache("data/reference/logps").logp(*asked)
+    for asked in (None, "x"), (3, "x"), (prompt, {"role": "assistant", "content": "x"}):
+        with pytest.raises(RequestError, match=r"no prompt|prompt is"):
+            place.cache.logp(*asked)
+
+
+def test_sides_that_are_the_same_tokens_make_no_pair(place):
+    rows = [{"prompt": "Same?", "chosen": "word " * 600 + end, "rejected": "word " * 600} for end in ("a", "b")]
+    for asked in (place.cache.join, lambda pairs: refcache.score(pairs, "models/reference", prepare=PREPARE)):
+        with pytest.raises(RequestError, match=r"2 rows can't be used:\n  row 0: .* identical after truncation"):
+            asked(rows)
+
+
+def test_what_are_no_rows_is_said_with_what_would_be(place):
+    for pairs in (place.pairs.lazy(), place.pairs.to_arrow(), place.pairs.row(0, named=True), "pairs.jsonl", 3):
+        with pytest.raises(RequestError, match="expected a polars DataFrame or a list of rows"):
+            place.cache.join(pairs)
+    with pytest.raises(RequestError, match="Row 1 of the pairs is tuple"):
+        place.cache.join([place.pairs.row(0, named=True), place.pairs.row(1)])
+    with pytest.raises(RequestError, match="no pair to score"):
+        refcache.score([], "models/reference")
+
+
 def test_implicit_rewards_of_a_folder_a_model_and_an_adapter(place, tmp_path):
     policy, pairs = place.root / "models/policies/dpo-0", place.pairs.head(4)
     found = refcache.implicit_rewards(policy, pairs, place.cache, beta=0.5)
