@@ -68,8 +68,16 @@ def join_rows(
     An inner join leaves out rows whose key is not stored, and a left join gives them nulls, both without a word. Here
     such a key raises CacheIncomplete, which counts them and names the first; missing="null" asks for the nulls.
     frame, result: in memory, for pairs without number see `join_sum_logps`. stored: what `open_reference` gave, or for
-    many small frames `open_view`. Raises ValueError for a null key, and for a column that `frame` already has.
+    many small frames `open_view`. Raises ValueError for a null key, for keys that are no bytes, and for a column that
+    `frame` already has.
     """
+    if isinstance(columns, str) or missing not in ("error", "null"):
+        raise ValueError(f"columns={columns!r}, missing={missing!r}; expected a list of names, and 'error' or 'null'")
+    if frame[on].dtype != pl.Binary:
+        raise ValueError(
+            f"the column {on} is {frame[on].dtype}; keys are 16 bytes (Binary). Of hex text they are "
+            f"frame.with_columns(pl.col({on!r}).str.decode('hex'))"
+        )
     taken = sorted({prefix + name for name in columns} & set(frame.columns))
     if taken:
         raise ValueError(f"the frame already has {', '.join(taken)}; give a prefix for what is joined to it")

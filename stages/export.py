@@ -7,6 +7,11 @@ import click
 from stages.options import default_path_option, path_option, trust_option
 
 FORMS = ("trl", "jsonl", "parquet", "open-instruct", "fairseq2")
+# What becomes of pairs whose texts give other tokens than those that were scored.
+OTHERS = {
+    "trl": "; the others' tokens are in prompt_ids, chosen_ids, rejected_ids",
+    "open-instruct": "; the others would be trained on with log-probs of other tokens (docs/export.md says which)",
+}
 
 
 @click.command(name="export")
@@ -14,7 +19,9 @@ FORMS = ("trl", "jsonl", "parquet", "open-instruct", "fairseq2")
 @path_option("--out", "Folder to write; an earlier export there is replaced.")
 @default_path_option("--pairs", "data/prepared/pairs", "Prepared pairs and responses.")
 @default_path_option("--reference", "data/reference/logps", "The published reference cache.")
-@default_path_option("--tokenizer", "data/prepared/tokenizer", "Tokenizer of the pairs; trl and fairseq2 need it.")
+@default_path_option(
+    "--tokenizer", "data/prepared/tokenizer", "Tokenizer of the pairs; trl, fairseq2 and open-instruct need it."
+)
 @click.option(
     "--split",
     "splits",
@@ -66,8 +73,9 @@ def command(
         click.echo(f"{out}: {count:,} {split} pairs" + f", {missing:,} of them without log-probs" * bool(missing))
     if again := done.get("encoded_again"):
         checked, same = again["pairs"], again["same_token_ids"]
-        ids = "" if same == checked else "; the others' tokens are in prompt_ids, chosen_ids, rejected_ids"
+        others = "" if same == checked else OTHERS.get(to, "")
         click.echo(
-            f"texts encoded again give the scored tokens for {same:,} of {checked:,} pairs that were tried"
-            + ids * (to == "trl")
+            f"texts encoded again give the scored tokens for {same:,} of {checked:,} pairs that were tried{others}"
+            if checked
+            else f"{tokenizer} has no chat template, so whether one gives the scored tokens was not tried"
         )

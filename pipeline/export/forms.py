@@ -97,16 +97,19 @@ def write_fairseq2(part: Part) -> None:
 
 def write_open_instruct(part: Part) -> None:
     """The tensors, 8 bytes a pair in memory, and the rows that they belong to in the same order."""
+    assert part.texts is not None
     sums: dict[str, list[Any]] = {"chosen_logps": [], "rejected_logps": []}
     with open(part.folder / f"{part.split}.jsonl", "x", encoding="utf-8") as file:
         for table in part.tables:
             for name, column in zip(sums, ("chosen_sum_logp", "rejected_sum_logp"), strict=True):
                 sums[name].append(table[column].to_numpy().astype(np.float32))
-            for row in table.select(["pair_id", "source", "prompt", "chosen", "rejected"]).to_pylist():
+            rows = table.select(["pair_id", "source", "prompt", "chosen", "rejected"]).to_pylist()
+            for row in rows:
                 turns = messages(row.pop("prompt"))
                 for side in ("chosen", "rejected"):
                     row[side] = [*turns, {"role": "assistant", "content": row[side]}]
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            part.texts.check_dialogues(table, rows, check_every(part.n_pairs))
     import torch
 
     empty = np.empty(0, np.float32)
@@ -130,6 +133,6 @@ FORMS = {
     "parquet": Form(write_parquet),
     "jsonl": Form(write_jsonl),
     "trl": Form(write_trl, renders=True),
-    "open-instruct": Form(write_open_instruct, has_nulls=False),
+    "open-instruct": Form(write_open_instruct, has_nulls=False, renders=True),
     "fairseq2": Form(write_fairseq2, has_nulls=False, renders=True),
 }

@@ -3,11 +3,14 @@
 The prepared tables keep texts for people: without the template's markup, several turns headed by their roles.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import starmap
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import pyarrow as pa
+from jinja2 import TemplateError
+
+Dialogue: TypeAlias = "Sequence[dict[str, str]]"  # turns of a role and a content
 
 CHECKED = 2_000  # pairs, at least, where a split has so many
 
@@ -61,7 +64,7 @@ class Texts:
         As TRL 1.16 encodes plain texts: the prompt alone, and prompt and answer as one text, which it ends with the
         end-of-sequence token where it doesn't.
         """
-        rows = [row for row, number in enumerate(pairs["pair_id"].to_pylist()) if number % every == 0]
+        rows = _picked(pairs, every)
         if rows:
             picked = pairs.take(rows)
             prompts, *answers = ([texts[row] for row in rows] for texts in rendered)
@@ -77,12 +80,38 @@ class Texts:
             self.checked += len(rows)
             self.same += sum(map(all, zip(*alike, strict=True)))
 
+    def check_dialogues(self, pairs: pa.Table, dialogues: Sequence[Mapping[str, Dialogue]], every: int) -> None:
+        """As `check`, of dialogues by side: whether the tokenizer's template gives just the token ids of a pair.
+
+        Nothing is counted where the tokenizer has no template.
+        """
+        if not self.tokenizer.chat_template:
+            return
+        rows = _picked(pairs, every)
+        for row, ids in zip(rows, pairs.take(rows).to_pylist(), strict=True):
+            self.checked += 1
+            self.same += all(
+                self._templated(dialogues[row][side]) == ids["prompt_ids"] + ids[f"{side}_ids"]
+                for side in ("chosen", "rejected")
+            )
+
+    def _templated(self, dialogue: Dialogue) -> list[int] | None:
+        try:
+            found: list[int] = self.tokenizer.apply_chat_template(list(dialogue), tokenize=True, return_dict=False)
+        except TemplateError:  # it refuses such turns
+            return None
+        return found
+
     def _encoded(self, texts: list[str]) -> list[list[int]]:
         found: list[list[int]] = self.tokenizer(texts)["input_ids"]
         return found
 
     def without_end(self, text: str) -> str:
         return text.removesuffix(self.end) if self.end else text
+
+
+def _picked(pairs: pa.Table, every: int) -> list[int]:
+    return [row for row, number in enumerate(pairs["pair_id"].to_pylist()) if number % every == 0]
 
 
 def check_every(n_pairs: int) -> int:

@@ -106,8 +106,11 @@ def test_a_join_that_misses_rows_says_so_or_gives_the_nulls_that_were_asked_for(
 
 
 def test_a_join_refuses_null_keys_keys_as_text_and_columns_that_are_there(stored):
-    for keys in ([KEYS[0], None], [KEYS[0].hex()]):
-        with pytest.raises(ValueError):
+    for keys, says in (([KEYS[0], None], "1 of 2 keys are null"), ([KEYS[0].hex()], r"str\.decode\('hex'\)")):
+        with pytest.raises(ValueError, match=says):
             join_rows(pl.DataFrame({"key": keys}), stored, on="key")
+    for mistaken in ({"missing": "nul"}, {"columns": "sum_logp"}):
+        with pytest.raises(ValueError, match="expected a list of names, and 'error' or 'null'"):
+            join_rows(pl.DataFrame({"key": [KEYS[0]]}), stored, on="key", **mistaken)
     with pytest.raises(ValueError, match="already has sum_logp"):
         join_rows(pl.DataFrame({"key": [KEYS[0]], "sum_logp": [0.0]}), stored, on="key")

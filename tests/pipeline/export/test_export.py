@@ -1,6 +1,7 @@
 """Exports against the store's own Parquet, and the keys of what they say that was asked and answered."""
 
 import json
+import shutil
 
 import numpy as np
 import polars as pl
@@ -124,6 +125,24 @@ def test_open_instructs_tensors_stand_in_the_order_of_the_rows_beside_them(proje
         np.testing.assert_array_equal(tensors[f"{side}_logps"].numpy(), np.float32(sums))
         asked = [{"role": "user", "content": pairs[0]["prompt_text"]}]
         assert lines[0][side] == [*asked, {"role": "assistant", "content": pairs[0][f"{side}_text"]}]
+
+
+@pytest.mark.parametrize(("behind", "same"), [("", 1), (" w9", 0)])
+def test_open_instruct_is_told_how_many_dialogues_give_the_scored_tokens(project, export, tmp_path, behind, same):
+    shutil.copytree(project.model, tmp_path / "tokenizer")
+    # The readable answers end with the word w2, which stands for the end token.
+    asked, answered = "{{ messages[0]['content'] }} ", "{{ messages[1]['content'][:-2] }}</s>"
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(asked + answered + behind)
+    result, out = export("open-instruct", "--hash", "0a", tokenizer=tmp_path / "tokenizer")
+    n = len(pairs_of(project, "train"))
+    assert f"scored tokens for {same * n} of {n} pairs" in result.output
+    assert ("other tokens" in result.output) == (not same)
+    assert json.loads((out / "export.json").read_text())["encoded_again"] == {"pairs": n, "same_token_ids": same * n}
+
+
+def test_open_instruct_is_told_that_a_tokenizer_has_no_template(export):
+    result, _ = export("open-instruct", "--hash", "0a")
+    assert "no chat template" in result.output
 
 
 def test_fairseq2_has_targets_without_the_end_that_its_encoder_adds(project, export):
