@@ -127,17 +127,22 @@ def test_open_instructs_tensors_stand_in_the_order_of_the_rows_beside_them(proje
         assert lines[0][side] == [*asked, {"role": "assistant", "content": pairs[0][f"{side}_text"]}]
 
 
-@pytest.mark.parametrize(("behind", "same"), [("", 1), (" w9", 0)])
-def test_open_instruct_is_told_how_many_dialogues_give_the_scored_tokens(project, export, tmp_path, behind, same):
+@pytest.mark.parametrize("others", ["none", "one side of one", "all"])
+def test_open_instruct_is_told_how_many_dialogues_give_the_scored_tokens(project, export, tmp_path, others):
     shutil.copytree(project.model, tmp_path / "tokenizer")
     # The readable answers end with the word w2, which stands for the end token.
     asked, answered = "{{ messages[0]['content'] }} ", "{{ messages[1]['content'][:-2] }}</s>"
+    pairs = pairs_of(project, "train")
+    one = "{% if messages[1]['content'] == '" + pairs[0]["rejected_text"] + "' %} w9{% endif %}"
+    behind, same = {"none": ("", len(pairs)), "one side of one": (one, len(pairs) - 1), "all": (" w9", 0)}[others]
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text(asked + answered + behind)
     result, out = export("open-instruct", "--hash", "0a", tokenizer=tmp_path / "tokenizer")
-    n = len(pairs_of(project, "train"))
-    assert f"scored tokens for {same * n} of {n} pairs" in result.output
-    assert ("other tokens" in result.output) == (not same)
-    assert json.loads((out / "export.json").read_text())["encoded_again"] == {"pairs": n, "same_token_ids": same * n}
+    assert f"scored tokens for {same} of {len(pairs)} pairs" in result.output
+    assert ("other tokens" in result.output) == (others != "none")
+    assert json.loads((out / "export.json").read_text())["encoded_again"] == {
+        "pairs": len(pairs),
+        "same_token_ids": same,
+    }
 
 
 def test_open_instruct_is_told_that_a_tokenizer_has_no_template(export):
