@@ -8,7 +8,6 @@ per-batch penalty is the paper's, computed while training: gradients of the refe
 """
 
 import argparse
-import resource
 import statistics
 import sys
 import time
@@ -157,10 +156,11 @@ def token_count(options: argparse.Namespace, rows: int) -> int:
 def _child(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     import torch
 
+    from pipeline.training.record import peak_bytes
+
     torch.set_num_threads(1)
     found = function(*arguments)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    pipe.send((found, peak / 2**10))  # kilobytes on Linux
+    pipe.send((found, peak_bytes() / 2**20))
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:

@@ -1,6 +1,5 @@
 """One rank of a training run, from start to saved model; whoever started it is none of its business."""
 
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from pipeline.training.batches import steps_for, tokens_in
 from pipeline.training.deepspeed_engine import init_distributed, leave_distributed
 from pipeline.training.job import SUMMARY, Job
 from pipeline.training.loop import TrainingRun, ordered_groups, run_loop
-from pipeline.training.record import HISTORY, median
+from pipeline.training.record import HISTORY, median, peak_bytes
 from pipeline.training.trackers import open_trackers
 
 
@@ -59,7 +58,7 @@ def run_rank(job: Job, work: Path) -> dict[str, Any] | None:
             "layout": run.task.layout,
             **run.task.kernels,
             **count_trained(run.model),
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,  # of rank 0, in host memory
+            "peak_bytes": peak_bytes(),  # of rank 0, in host memory
             **beside,
         }
         write_json(work / SUMMARY, summary)

@@ -4,6 +4,7 @@ Rank 0 writes; anybody may read meanwhile. A resumed run cuts its tables back to
 """
 
 import os
+import resource
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from pipeline.files import write_text
 from pipeline.training.trackers import Tracker
 
 HISTORY, EVALUATIONS = "history.tsv", "evaluations.tsv"
+STATUS = Path("/proc/self/status")
 
 
 class RunRecord:
@@ -81,3 +83,15 @@ def last_row(path: Path) -> dict[str, float]:
     if not lines:
         return {}
     return dict(zip(heading.decode().split(), map(float, lines[-1].split()), strict=True))
+
+
+def peak_bytes() -> int:
+    """The largest resident set of this process so far, in host memory.
+
+    Not getrusage's ru_maxrss: Linux keeps that across exec, so a process that starts small would report what the one
+    that started it held.
+    """
+    for line in STATUS.read_text().splitlines() if STATUS.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
